@@ -1,0 +1,108 @@
+"""What survives a restart, in one place."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+WEIGHTS = "weights.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+FACTS = "state.json"
+FORMAT = 1
+
+
+@dataclass
+class TrainState:
+    """All that decides what the rest of the run does, beyond its config.
+
+    Not saved, because they follow from (config, step): the order of samples, crops and caption choices, the learning rate.
+    Not saved, because they decide nothing: prefetched batches, caches of tokens, throughput.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: "torch.amp.GradScaler | None"
+    """Only for fp16."""
+    step: int = 0
+    """Global batches consumed, skipped ones included."""
+    nonfinite_steps: int = 0
+    nonfinite_in_a_row: int = 0
+    bad_samples: int = 0
+    """Images that could not be decoded, each time one was met."""
+    evaluated_step: int = -1
+    """The last step that was evaluated."""
+    before: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics at step 0."""
+    after: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics at evaluated_step."""
+    best_step: int = -1
+    best_score: float = float("-inf")
+    seconds: float = 0.0
+    """Time spent in all attempts up to this state, start-up included."""
+
+    def take_metrics(self, metrics: dict[str, float]) -> bool:
+        """Keeps the held-out metrics of this step. Returns: whether they are the best so far."""
+        self.evaluated_step, self.after = self.step, metrics
+        if self.step == 0:
+            self.before = metrics
+        score = metrics.get("mean_recall", 0.0)
+        if score <= self.best_score:
+            return False
+        self.best_step, self.best_score = self.step, score
+        return True
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """File name -> tensors, on the device, not copied. Optimiser tensors are named `exp_avg:visual.proj` and the like."""
+        optimizer = {
+            f"{kind}:{name}": value
+            for name, parameter in self.model.named_parameters()
+            for kind, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        return {WEIGHTS: dict(self.model.state_dict()), OPTIMIZER: optimizer}
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but tensors, as JSON values."""
+        names = (
+            "step",
+            "nonfinite_steps",
+            "nonfinite_in_a_row",
+            "bad_samples",
+            "evaluated_step",
+            "before",
+            "after",
+            "best_step",
+            "seconds",
+        )
+        facts = {name: getattr(self, name) for name in names}
+        facts["best_score"] = None if self.best_step < 0 else self.best_score
+        facts["scaler"] = self.scaler.state_dict() if self.scaler else None
+        return {"format": FORMAT, **facts}
+
+    def restore(self, files: dict[str, Path]) -> None:
+        """Takes over a checkpoint's optimiser and facts; the model has its weights already (`load_base(weights=…)`)."""
+        facts = json.loads(files[FACTS].read_text(encoding="utf-8"))
+        scaler, best_score = facts.pop("scaler"), facts.pop("best_score")
+        facts.pop("format")
+        for name, value in facts.items():
+            setattr(self, name, value)
+        self.best_score = float("-inf") if best_score is None else best_score
+        if self.scaler and scaler:
+            self.scaler.load_state_dict(scaler)
+        parameters = dict(self.model.named_parameters())
+        for name, value in load_file(files[OPTIMIZER]).items():
+            kind, _, parameter_name = name.partition(":")
+            parameter = parameters[parameter_name]
+            self.optimizer.state[parameter][kind] = value.to(parameter.device)
+
+
+def write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> dict[str, Path]:
+    """Writes the files of a checkpoint from tensors in host memory. Returns: file name -> path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in tensors.items():
+        save_file(content, folder / name, metadata={"format": "pt", "clipjob": str(FORMAT)})
+    (folder / FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    return {name: folder / name for name in (*tensors, FACTS)}

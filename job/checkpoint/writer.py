@@ -1,0 +1,133 @@
+"""Saves checkpoints beside the training: a copy in host memory, then files, hashes and uploads on a thread of its own."""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from job.checkpoint.state import TrainState, write_files
+from job.checkpoint.store import RunStore
+from job.errors import JobError
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointWriter:
+    """One save at a time; a failed one raises at the next call. Close it to wait for the last.
+
+    Args:
+        scratch: local, for files on their way to a remote run.
+        keep, keep_every: see RunStore.prune.
+    """
+
+    def __init__(self, store: RunStore, *, scratch: Path, keep: int, keep_every: int) -> None:
+        self._store = store
+        self._scratch = scratch
+        self._keep = keep
+        self._keep_every = keep_every
+        self.on_saved: Callable[[int, float], None] = lambda _step, _seconds: None
+        """Called on the writer's thread with (step, seconds) once a checkpoint is durable."""
+        self.last_step = -1
+        """The step last saved or restored; while `busy` it is not yet durable."""
+        self._buffers: dict[str, dict[str, Tensor]] = {}
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._abandon = threading.Event()
+        self._uploading = False
+        self.stall_seconds = 0.0
+        """What the last save cost the training thread."""
+        self.upload_seconds = 0.0
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, state: TrainState, history: bytes, *, info: dict[str, Any]) -> None:
+        """Copies the state and returns; the rest happens beside. Waits first for a save that is still running.
+
+        Args:
+            history: lines of this attempt's history up to state.step, durable before the checkpoint is.
+            info: kept in the commit.
+        """
+        began = time.monotonic()
+        self.wait()
+        tensors = self._copy_to_host(state.tensors())
+        copied = torch.cuda.Event() if any(tensor.is_pinned() for tensor in tensors["weights.safetensors"].values()) else None
+        if copied:
+            copied.record()
+        facts, best_step = state.facts(), state.best_step
+        self._abandon.clear()
+        work = (state.step, tensors, copied, facts, history, info, best_step)
+        self._thread = threading.Thread(target=self._run, args=work, name="checkpoint", daemon=True)
+        self._thread.start()
+        self.last_step = state.step
+        self.stall_seconds = time.monotonic() - began
+
+    def abandon_or_wait(self) -> None:
+        """At a signal: a save that has not begun to upload is given up, for a newer one will follow; another is awaited."""
+        if self.busy and not self._uploading:
+            self._abandon.set()
+        self.wait()
+
+    def close(self) -> None:
+        """Waits for a running save; what it failed with is only logged, for the job ends for another reason already."""
+        try:
+            self.wait()
+        except JobError as error:
+            log.warning("the last checkpoint failed", extra={"reason": str(error)})
+
+    def wait(self) -> None:
+        """Returns when no save is running. Raises: what the last one failed with."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _copy_to_host(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Into buffers that are allocated once, pinned for a GPU, whose copies then overlap with the next step."""
+        for file, content in tensors.items():
+            buffers = self._buffers.setdefault(file, {})
+            for name, tensor in content.items():
+                if name not in buffers:
+                    on_gpu = tensor.device.type == "cuda"
+                    buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=on_gpu)
+                buffers[name].copy_(tensor.detach(), non_blocking=True)
+        return {file: {name: self._buffers[file][name] for name in content} for file, content in tensors.items()}
+
+    def _run(
+        self,
+        step: int,
+        tensors: dict[str, dict[str, Tensor]],
+        copied: "torch.cuda.Event | None",
+        facts: dict[str, Any],
+        history: bytes,
+        info: dict[str, Any],
+        best_step: int,
+    ) -> None:
+        began = time.monotonic()
+        folder = self._store.workspace(step, self._scratch)
+        try:
+            if copied is not None:
+                copied.synchronize()
+            files = write_files(folder, tensors, facts)
+            if self._abandon.is_set():
+                return
+            self._uploading = True
+            self._store.write_history(history)
+            self._store.save(step, files, info=info)
+            self.upload_seconds = time.monotonic() - began
+            self._store.prune(keep=self._keep, keep_every=self._keep_every, best_step=best_step)
+            self.on_saved(step, self.upload_seconds)
+        except BaseException as error:  # noqa: BLE001  handed to the training thread, which raises it
+            self._failure = error
+        finally:
+            self._uploading = False
+            shutil.rmtree(folder, ignore_errors=True)

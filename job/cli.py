@@ -1,0 +1,179 @@
+"""The commands. Each imports what it needs when it runs, so `clipjob --help` answers at once."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import job
+from job.config import FIELDS, field_type, flag, merge, parse_value, resolve, type_name
+from job.errors import ConfigError
+from job.runtime.stop import StopSignal
+
+AnyFunction = Callable[..., Any]
+
+
+class Setting(click.ParamType[Any]):
+    """A flag whose text Config parses and checks, so flags, environment and files give the same errors."""
+
+    def __init__(self, name: str) -> None:
+        self.field = name
+        self.name = type_name(name)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ARG002
+        return parse_value(self.field, value, origin=flag(self.field))
+
+
+def settings(function: AnyFunction) -> AnyFunction:
+    """Adds a flag for every field of Config, and --config. A flag that is not given is not passed on."""
+    for name, spec in reversed(FIELDS.items()):
+        text, default = spec.metadata["help"], spec.default
+        shown = "" if default in ("", False) else f" [default: {default}]"
+        if field_type(name) is bool:
+            add = click.option(f"{flag(name)}/--no-{flag(name)[2:]}", name, default=None, help=text)
+        else:
+            add = click.option(
+                flag(name), name, type=Setting(name), default=None, metavar=type_name(name).upper(), help=text + shown
+            )
+        function = add(function)
+    config = click.option(
+        "--config", "config_file", default="", metavar="FILE", help="TOML file of settings. [env: CLIPJOB_CONFIG]"
+    )
+    return config(function)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(job.__version__, prog_name="clipjob")
+def cli() -> None:
+    """Fine-tune an OpenCLIP model on a CSV and an LMDB, as a job that can be killed at any moment.
+
+    \b
+    clipjob demo                                    see it work, on images that come with it
+    clipjob check --csv data.csv --lmdb images.lmdb   what is wrong with the data
+    clipjob train --csv data.csv --lmdb images.lmdb --run runs/first --pretrained laion2b_s34b_b79k
+
+    The same command starts a run and goes on with it. Every flag may also be set as CLIPJOB_<NAME> or in a TOML file.
+    """
+
+
+@cli.command()
+@settings
+@click.pass_obj
+def train(stop: StopSignal, config_file: str, **flags: Any) -> int:
+    """Fine-tune a model, or go on where the run stands."""
+    return _train(stop, _given(flags, config_file))
+
+
+@cli.command()
+@settings
+@click.pass_obj
+def demo(stop: StopSignal, config_file: str, **flags: Any) -> int:
+    """Train a small model on 2465 real images (OpenMoji), in about two minutes on two cores.
+
+    All flags of `clipjob train` work; the run is ./clipjob-demo unless --run says otherwise.
+    """
+    from job.demo import settings as demo_settings
+
+    return _train(stop, {**demo_settings(), **_given(flags, config_file)})
+
+
+@cli.command()
+@settings
+@click.option("--all", "all_images", is_flag=True, help="Decode every image instead of a sample.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(config_file: str, all_images: bool, as_json: bool, **flags: Any) -> int:
+    """Say what is wrong with the data and what the job will take, before it starts. Exit code 65: the job would fail."""
+    from job.runtime.log import set_up_logging
+    from job.start import check_job
+
+    set_up_logging()
+    report = check_job(resolve({"run": "", **_given(flags, config_file)}, require_run=False), all_images=all_images)
+    click.echo(json.dumps(report.to_json(), indent=2) if as_json else report.to_table())
+    return 0 if report.ok else 65
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--verify/--no-verify", default=True, help="Read every checkpoint and compare its hashes.")
+def inspect(run: str, as_json: bool, verify: bool) -> int:
+    """Show a run: config, attempts, checkpoints (verified), progress."""
+    from job.inspect_run import inspect_run, to_text
+
+    found = inspect_run(_local_or_uri(run), verify=verify)
+    click.echo(json.dumps(found, indent=2) if as_json else to_text(found))
+    return 0
+
+
+@cli.command()
+@click.argument("tag")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--model", default="ViT-B-32", show_default=True, help="open_clip model name.")
+def fetch(tag: str, folder: Path, model: str) -> int:
+    """Download pretrained weights into FOLDER, for machines without a network: give it to them as --pretrained FOLDER."""
+    from job.model.build import write_base
+    from job.runtime.log import set_up_logging
+
+    set_up_logging()
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty. Choose another folder.")
+    write_base(folder, model=model, pretrained=tag, seed=0)
+    click.echo(f"{model} with {tag} is in {folder}. Use it with: --model {model} --pretrained {folder}")
+    return 0
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(run: str, yes: bool) -> int:
+    """Remove a run with all its checkpoints and exports."""
+    from job.checkpoint.store import remove_run
+
+    uri = _local_or_uri(run)
+    if not yes:
+        click.confirm(f"Remove {uri} with all its checkpoints and exported models?", abort=True)
+    remove_run(uri)
+    click.echo(f"Removed {uri}.")
+    return 0
+
+
+def _given(flags: dict[str, Any], config_file: str) -> dict[str, Any]:
+    """What the user asked for, by any way of asking."""
+    asked = {name: value for name, value in flags.items() if value is not None}
+    return merge(flags=asked, environ=os.environ, config_file=config_file or os.environ.get("CLIPJOB_CONFIG", ""))
+
+
+def _local_or_uri(run: str) -> str:
+    return run if "://" in run else str(Path(run).expanduser().absolute())
+
+
+def _train(stop: StopSignal, given: dict[str, Any]) -> int:
+    from job.checkpoint.store import RunStore
+    from job.result import result_table
+    from job.runtime.log import set_up_logging
+
+    set_up_logging()
+    if not given.get("run"):
+        raise ConfigError("Missing --run: the folder or URI of this run, the same for every attempt.")
+    store = RunStore(given["run"])
+    stored = store.load_config()
+    config = resolve(given, stored["config"] if stored else None)
+    result = store.result()
+    if result is None:
+        stop.check("starting")
+        from job.train import Outcome, train
+
+        stop.check("importing")
+        if train(config, store=store, stop=stop) is Outcome.STOPPED:
+            sys.stderr.write(f"clipjob: {stop.name}: saved. Run the same command to go on.\n")
+            return 75
+        result = store.result()
+    else:
+        sys.stderr.write("clipjob: this run is complete. For more training start a new run with --init-from.\n")
+    if result is not None:
+        click.echo(result_table(result))
+    return 0

@@ -1,0 +1,345 @@
+"""The one configuration of a job: a frozen, flat record that flags, environment, TOML and config.json all fill.
+
+One name everywhere: ``--max-steps`` = ``CLIPJOB_MAX_STEPS`` = ``max_steps`` in TOML and config.json = ``Config.max_steps``.
+"""
+
+import dataclasses
+import difflib
+import operator
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from job.errors import ConfigError, ResumeError
+
+ENVIRONMENT_PREFIX = "CLIPJOB_"
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often something happens: ``30s``, ``10m``, ``2h`` (time), ``200`` (steps), ``1ep`` (epochs), ``auto``, ``0`` (never)."""
+
+    kind: str
+    """One of seconds, steps, epochs, auto, never."""
+    value: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Interval":
+        """Raises: ValueError, when the text is none of the forms above."""
+        if text == AUTO:
+            return cls(AUTO)
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h|ep)?", text.strip())
+        if not match:
+            raise ValueError("expected 30s, 10m, 2h, 200 (steps), 1ep (epochs), auto or 0 (never)")
+        number, unit = float(match[1]), match[2]
+        if number == 0:
+            return cls("never")
+        if unit == "ep":
+            return cls("epochs", number)
+        if unit:
+            return cls("seconds", number * {"s": 1, "m": 60, "h": 3600}[unit])
+        if number != int(number):
+            raise ValueError("a number of steps must be whole")
+        return cls("steps", number)
+
+    def __str__(self) -> str:
+        if self.kind in (AUTO, "never"):
+            return {"never": "0"}.get(self.kind, self.kind)
+        return f"{self.value:g}" + {"seconds": "s", "epochs": "ep", "steps": ""}[self.kind]
+
+
+def option(
+    default: Any,
+    help_text: str,
+    *,
+    may_change: bool = False,
+    choices: tuple[str, ...] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """One field of Config. may_change: a restart of the same run may give another value."""
+    metadata = {
+        "help": help_text,
+        "may_change": may_change,
+        "choices": choices,
+        "at_least": at_least,
+        "above": above,
+        "at_most": at_most,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a job does. Fields in the order of `clipjob train --help`; each says what it means in its help text."""
+
+    # Where things are
+    run: str = option("", "Folder or URI of this run (s3://…); the same for every attempt.", may_change=True)
+    csv: str = option("", "CSV of image keys and captions: path or URI.", may_change=True)
+    lmdb: str = option("", "LMDB of encoded images: folder, file or URI.", may_change=True)
+    val_csv: str = option("", "CSV of held-out pairs; default: a part of --csv (--val-fraction).", may_change=True)
+    val_lmdb: str = option("", "LMDB of the held-out images; default: --lmdb.", may_change=True)
+    scratch: str = option("", "Local folder for staged files; default: clipjob in the system's temporary folder.", may_change=True)
+
+    # Reading the data
+    csv_separator: str = option(AUTO, "Column separator of the CSV: auto, a character, or 'tab'.")
+    image_column: str = option(AUTO, "Column of image keys: auto (path, filepath, image, key, …) or a name.")
+    caption_column: str = option(AUTO, "Column of captions: auto (tags, title, caption, text, …) or a name.")
+    key_prefix: str = option("", "Put before every key of the CSV to make a key of the LMDB.")
+    caption_mode: str = option(
+        "whole", "whole: the whole text is the caption. sample: one tag at random per visit.", choices=("whole", "sample")
+    )
+    tag_separator: str = option(AUTO, "Separator of tags within a caption, for --caption-mode sample: auto or a string.")
+    template: str = option("{}", 'Text around each caption or tag, such as "a photo of {}".')
+    val_fraction: float = option(0.05, "Part of the images held out (by hash of the key), 0 for none.", at_least=0, at_most=0.5)
+    max_bad_samples: float = option(
+        0.01, "Highest share of images that may fail to decode.", at_least=0, at_most=1, may_change=True
+    )
+
+    # The model
+    model: str = option("ViT-B-32", "open_clip model name, or the path of a model-config JSON.")
+    pretrained: str = option("", "open_clip tag (openai, laion2b_s34b_b79k, …) or a weights file; empty: random weights.")
+    init_from: str = option("", "Start from the exported weights of another run (its best, else its final ones).")
+    lock_image: bool = option(False, "Keep the image tower as it is.")
+    lock_text: bool = option(False, "Keep the text tower as it is.")
+    grad_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, about 30 % more time.")
+    precision: str = option(
+        AUTO, "Arithmetic of the towers; auto: bf16 or fp16 where it pays.", choices=(AUTO, "fp32", "bf16", "fp16")
+    )
+    device: str = option(AUTO, "auto, cuda, cuda:N, mps or cpu; a device asked for and absent ends the job.", may_change=True)
+
+    # Learning
+    epochs: float = option(10.0, "Passes over the training rows.", above=0)
+    max_steps: int = option(0, "Steps in all; wins over --epochs. 0: as many as --epochs needs.", at_least=0)
+    global_batch_size: int = option(256, "Pairs per step, over all devices.", at_least=2)
+    lr: float = option(1e-5, "Peak learning rate.", above=0)
+    weight_decay: float = option(0.1, "AdamW's decay of matrices (never of biases, norms and logit_scale).", at_least=0)
+    beta1: float = option(0.9, "AdamW's beta1.", at_least=0, at_most=0.9999)
+    beta2: float = option(0.98, "AdamW's beta2.", at_least=0, at_most=0.999999)
+    eps: float = option(1e-6, "AdamW's epsilon.", above=0)
+    warmup: int = option(-1, "Steps of linear warm-up; -1: the lesser of 500 and a tenth of all steps.", at_least=-1)
+    grad_clip: float = option(1.0, "Largest norm of the gradient; 0: no clipping.", at_least=0)
+    crop_scale: float = option(0.9, "Smallest share of an image that a random crop keeps; 1: no random crops.", above=0, at_most=1)
+    seed: int = option(0, "Seed of the order, the crops and the caption choice.", at_least=0, at_most=2**63 - 1)
+    max_nonfinite_steps: int = option(20, "Steps in a row without a finite gradient that end the job.", at_least=1, may_change=True)
+
+    # Checkpoints and evaluation
+    checkpoint_every: Interval = option(
+        Interval(AUTO), "Interval of checkpoints; auto: rare enough to cost nothing, 10m at most.", may_change=True
+    )
+    keep_checkpoints: int = option(2, "Newest checkpoints kept, besides the best one.", at_least=2, may_change=True)
+    keep_every: int = option(0, "Also keep the checkpoints at multiples of this step; 0: none.", at_least=0, may_change=True)
+    evaluate_every: Interval = option(
+        Interval("epochs", 1), "Interval of held-out evaluation, in steps or epochs; 0: only first and last."
+    )
+    max_idle_attempts: int = option(
+        10, "Attempts in a row without a checkpoint that end the run; 0: no limit.", at_least=0, may_change=True
+    )
+
+    # Running
+    threads: int = option(0, "Threads that decode images; 0: one per core, 16 at most.", at_least=0, may_change=True)
+    torch_threads: int = option(0, "Threads of torch on the CPU; 0: one per core. The bits of a run depend on it.", at_least=0)
+    log_every: Interval = option(Interval("seconds", 10), "Interval of log lines, where there is no terminal.", may_change=True)
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            _check_value(spec, getattr(self, spec.name))
+        if "{}" not in self.template:
+            raise ConfigError(
+                f'--template must contain {{}} where the caption goes, such as "a photo of {{}}"; found "{self.template}".'
+            )
+        if self.evaluate_every.kind == "seconds":
+            raise ConfigError(
+                f"--evaluate-every must be counted in steps or epochs (200, 1ep); found {self.evaluate_every}. "
+                "By the clock, the best checkpoint would depend on the machine's speed."
+            )
+        if self.lock_image and self.lock_text:
+            raise ConfigError("--lock-image and --lock-text together leave nothing to train; give one of them.")
+        if self.init_from and self.pretrained:
+            raise ConfigError("--init-from and --pretrained both name the first weights; give one of them.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values, intervals as text."""
+        values = dataclasses.asdict(self)
+        return {
+            name: str(getattr(self, name)) if isinstance(getattr(self, name), Interval) else value for name, value in values.items()
+        }
+
+
+FIELDS: dict[str, dataclasses.Field[Any]] = {spec.name: spec for spec in dataclasses.fields(Config)}
+_TYPES = typing.get_type_hints(Config)
+
+
+def flag(name: str) -> str:
+    """max_steps -> --max-steps"""
+    return "--" + name.replace("_", "-")
+
+
+def _check_value(spec: dataclasses.Field[Any], value: Any) -> None:
+    rule = spec.metadata
+    if rule["choices"] and value not in rule["choices"]:
+        raise ConfigError(f"{flag(spec.name)} must be one of {', '.join(rule['choices'])}; found {value!r}.")
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ConfigError(f"{flag(spec.name)} must be a finite number; found {value}.")
+    for bound, outside, words in (
+        ("at_least", operator.lt, "at least"),
+        ("above", operator.le, "above"),
+        ("at_most", operator.gt, "at most"),
+    ):
+        if rule[bound] is not None and outside(value, rule[bound]):
+            raise ConfigError(f"{flag(spec.name)} must be {words} {rule[bound]:g}; found {value:g}.")
+
+
+def parse_value(name: str, value: Any, *, origin: str) -> Any:
+    """Turns text (flag, environment) or a TOML/JSON value into the field's type.
+
+    Raises: ConfigError, naming origin (such as "CLIPJOB_LR" or "job.toml: lr"), what was expected and what was found.
+    """
+    kind = _TYPES[name]
+    try:
+        if kind is Interval:
+            return value if isinstance(value, Interval) else Interval.parse(str(value))
+        if kind is bool:
+            return _parse_bool(value)
+        if kind is str:
+            if not isinstance(value, str):
+                raise ValueError("expected text")
+            return value
+        if isinstance(value, bool):
+            raise ValueError("expected a number")
+        if kind is int and isinstance(value, float) and value != int(value):
+            raise ValueError("expected a whole number")
+        return kind(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        expected = {int: "expected a whole number", float: "expected a number"}.get(kind, str(error))
+        raise ConfigError(f"{origin}: {expected}; found {value!r}.") from None
+
+
+def _parse_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("expected true or false")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The settings in CLIPJOB_* variables.
+
+    Raises: ConfigError for an unknown one, unless it is what a Kubernetes Service named clipjob… injects
+    (…_SERVICE_HOST, …_PORT and their kin).
+    """
+    settings = {}
+    for variable, text in environ.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if name in FIELDS:
+            settings[name] = parse_value(name, text, origin=variable)
+        elif not _injected_by_kubernetes(variable, text) and name != "config":
+            known = [ENVIRONMENT_PREFIX + known_name.upper() for known_name in FIELDS]
+            raise ConfigError(f"The environment variable {variable} is not a setting of clipjob.{_nearest(variable, known)}")
+    return settings
+
+
+def _injected_by_kubernetes(variable: str, text: str) -> bool:
+    return bool(re.search(r"_SERVICE_HOST$|_SERVICE_PORT|_PORT(_\d+_(TCP|UDP))?(_\w+)?$", variable)) or text.startswith("tcp://")
+
+
+def from_toml(path: str) -> dict[str, Any]:
+    """The settings in a TOML file, one flat table.
+
+    Raises: ConfigError when the file can't be read or parsed, or holds an unknown key.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The config file {path} can't be read ({error.strerror}). Check --config.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The config file {path} is not valid TOML: {error}.") from None
+    return from_mapping(table, origin=path)
+
+
+def from_mapping(table: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
+    """Settings checked for unknown names and converted. Raises: ConfigError."""
+    for name in table:
+        if name not in FIELDS:
+            raise ConfigError(f"{origin}: '{name}' is not a setting of clipjob.{_nearest(str(name), list(FIELDS))}")
+    return {name: parse_value(name, value, origin=f"{origin}: {name}") for name, value in table.items()}
+
+
+def merge(*, flags: Mapping[str, Any], environ: Mapping[str, str], config_file: str = "") -> dict[str, Any]:
+    """What the user asked for: flags over environment over file. Local paths become absolute, so that a run can be
+    resumed from another folder."""
+    given = {**(from_toml(config_file) if config_file else {}), **from_environment(environ), **flags}
+    for name in ("run", "csv", "lmdb", "val_csv", "val_lmdb", "scratch", "init_from"):
+        if given.get(name) and "://" not in given[name]:
+            given[name] = os.path.abspath(os.path.expanduser(given[name]))
+    return given
+
+
+def resolve(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, *, require_run: bool = True) -> Config:
+    """The job's Config: what was given, else what the run has stored, else defaults.
+
+    Args:
+        given: from `merge`.
+        stored: the settings in the run's config.json, with every `auto` resolved; None for a new run.
+    Raises:
+        ConfigError: a bad value, or a required one missing.
+        ResumeError: given contradicts stored in fields that may not change; every one is named with both values.
+    """
+    before = from_mapping(stored, origin="config.json") if stored else {}
+    wrong = [
+        f"{flag(name)} was {_shown(before[name])}, now {_shown(value)}"
+        for name, value in given.items()
+        if name in before and not FIELDS[name].metadata["may_change"] and not _agrees(given=value, stored=before[name])
+    ]
+    if wrong:
+        free = ", ".join(flag(name) for name, spec in FIELDS.items() if spec.metadata["may_change"])
+        raise ResumeError(
+            f"The run {given.get('run', '')} was started with other settings: {'; '.join(wrong)}. Leave these out to go on with the "
+            f"run's own, or choose another --run (with --init-from to start from this one's weights). A restart may change: {free}."
+        )
+    adopted = {name: value for name, value in given.items() if name not in before or FIELDS[name].metadata["may_change"]}
+    config = Config(**{**before, **adopted})
+    missing = [flag(name) for name in ("run", "csv", "lmdb")[0 if require_run else 1 :] if not getattr(config, name)]
+    if missing:
+        raise ConfigError(f"Missing {' and '.join(missing)}. A job needs a CSV, an LMDB and the folder or URI of its run.")
+    return config
+
+
+def _agrees(*, given: Any, stored: Any) -> bool:
+    """`auto`, or a 0 or -1 that means it, agrees with what it was resolved to."""
+    return given == stored or given in (AUTO, Interval(AUTO), FIELDS["torch_threads"].default)
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def type_name(name: str) -> str:
+    """The type of a field as documentation shows it."""
+    return {str: "text", int: "whole number", float: "number", bool: "true or false", Interval: "interval"}[_TYPES[name]]
+
+
+def field_type(name: str) -> type:
+    """str, int, float, bool or Interval."""
+    kind: type = _TYPES[name]
+    return kind

@@ -1,0 +1,169 @@
+"""The pipeline: sample numbers -> batches of pixels and tokens, decoded ahead by threads.
+
+Threads, not processes: torchvision's JPEG decoder and torch's resize release the GIL, so two threads decode as much as two
+processes, and there is no fork, no /dev/shm and one LMDB environment. What has been prefetched is not state: the position
+moves in train_step alone.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from job.data.captions import Captions, TokenGroups
+from job.data.order import uniforms
+from job.data.pixels import CROP_NUMBERS, BadImage, View, decode, random_crop_view, whole_view
+
+CROP_STREAM = 0
+BATCHES_AHEAD = 3
+CHUNK = 8
+"""Images per task: enough to make the queue's cost vanish, few enough to spread one batch over all threads."""
+
+T = TypeVar("T")
+
+
+class ImageSource(Protocol):
+    def get(self, key: str) -> bytes | None: ...
+
+
+class Keys(Protocol):
+    def __getitem__(self, row: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What one batch consists of: sample numbers of the run, and the CSV rows that they stand for, both (B,)."""
+
+    positions: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The images of a batch. One that can't be decoded keeps its position but is left out of the pixels."""
+
+    pixels: Tensor
+    """uint8 (b, 3, H, W), b <= B"""
+    good: NDArray[np.int64]
+    """(b,): places in the batch that the pixels belong to."""
+    bad: tuple[tuple[str, str], ...]
+    """(key, reason) of each image left out."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One global batch as the step takes it."""
+
+    pixels: Tensor
+    """uint8 (B, 3, H, W), without the images that can't be decoded"""
+    tokens: TokenGroups
+    """tokens.text_of is (B,): image i and caption i are one pair."""
+    bad: tuple[tuple[str, str], ...]
+    """(key, reason) of each image left out."""
+
+
+def load_batches(
+    samples: Iterable[Samples],
+    *,
+    keys: Keys,
+    images: ImageSource,
+    captions: Captions,
+    view: View,
+    threads: int,
+    seed: int,
+    crop_scale: float,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Batches for training, in the order of samples, prepared ahead by threads.
+
+    Args: crop_scale: smallest share of an image that a random crop keeps; 1: the evaluation view instead.
+    """
+
+    def finish(asked: Samples, loaded: Loaded) -> Batch:
+        texts = captions.at(asked.rows[loaded.good], asked.positions[loaded.good])
+        return Batch(loaded.pixels, captions.tokens(texts), loaded.bad)
+
+    def crop(image: Tensor, numbers: NDArray[np.float64]) -> Tensor:
+        return random_crop_view(image, view, numbers=numbers, smallest=crop_scale)
+
+    def numbers_at(positions: NDArray[np.int64]) -> NDArray[np.float64]:
+        return uniforms(positions, CROP_NUMBERS, seed=seed, stream=CROP_STREAM)
+
+    augment = (crop, numbers_at) if crop_scale < 1 else None
+    return load_images(
+        samples, keys=keys, images=images, view=view, threads=threads, finish=finish, augment=augment, pin_memory=pin_memory
+    )
+
+
+def load_images(
+    samples: Iterable[Samples],
+    *,
+    keys: Keys,
+    images: ImageSource,
+    view: View,
+    threads: int,
+    finish: Callable[[Samples, Loaded], T],
+    augment: tuple[Callable[[Tensor, NDArray[np.float64]], Tensor], Callable[[NDArray[np.int64]], NDArray[np.float64]]]
+    | None = None,
+    pin_memory: bool = False,
+) -> Iterator[T]:
+    """What `finish` makes of the images of each batch, in order, a few batches ahead. Close the iterator to end its threads.
+
+    Args:
+        finish: called on a decode thread, once for each batch.
+        augment: (image, numbers) -> view, and positions -> numbers (B, k); None: the evaluation view.
+    """
+
+    def load(key: str, numbers: NDArray[np.float64] | None, slot: Tensor) -> str:
+        """Fills the slot; returns why it could not."""
+        data = images.get(key)
+        if data is None:
+            return "it is not in the LMDB"
+        try:
+            image = decode(data)
+        except BadImage as error:
+            return str(error)
+        slot.copy_(whole_view(image, view) if augment is None or numbers is None else augment[0](image, numbers))
+        return ""
+
+    def submit(asked: Samples) -> Future[T]:
+        names = [keys[int(row)] for row in asked.rows]
+        slots = torch.empty((len(names), 3, view.height, view.width), dtype=torch.uint8, pin_memory=pin_memory)
+        numbers = augment[1](asked.positions) if augment else None
+
+        def load_chunk(start: int) -> list[str]:
+            places = range(start, min(start + CHUNK, len(names)))
+            return [load(names[at], None if numbers is None else numbers[at], slots[at]) for at in places]
+
+        chunks = [pool.submit(load_chunk, start) for start in range(0, len(names), CHUNK)]
+
+        def collect() -> T:
+            reasons = [reason for chunk in chunks for reason in chunk.result()]
+            good = np.array([at for at, reason in enumerate(reasons) if not reason], dtype=np.int64)
+            bad = tuple((names[at], reason) for at, reason in enumerate(reasons) if reason)
+            return finish(asked, Loaded(slots[torch.from_numpy(good)] if bad else slots, good, bad))
+
+        return pool.submit(collect)  # queued behind its chunks, so waiting for them can't block the pool
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=_one_torch_thread)
+    waiting: deque[Future[T]] = deque()
+    try:
+        for asked in samples:
+            waiting.append(submit(asked))
+            if len(waiting) > BATCHES_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _one_torch_thread() -> None:
+    """Each decode thread would start a team of OpenMP threads of its own otherwise."""
+    torch.set_num_threads(1)

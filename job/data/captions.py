@@ -1,0 +1,139 @@
+"""Row -> caption -> tokens. Each text is tokenised at most once; padding that the tower need not see is cut off."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from job.data.order import uniforms
+
+CAPTION_STREAM = 1
+LENGTH_STEP = 8
+"""Captions are computed in groups of lengths 8, 16, 24, …, so at most 7 positions of a caption are padding."""
+
+CACHED_TEXTS = 1_000_000
+"""About 300 bytes each. Beyond it texts are tokenised again when they come back."""
+
+TAG_SEPARATORS = (", ", ",", "; ", ";", "|", "\t", "/")
+
+
+class Texts(Protocol):
+    def __getitem__(self, row: int) -> str: ...
+    def __len__(self) -> int: ...
+
+
+Tokenizer = Callable[[list[str]], Tensor]
+"""open_clip's tokenizers: n texts -> (n, context_length) integers, cut and padded to the context length."""
+
+
+@dataclass(frozen=True)
+class TokenGroups:
+    """Tokens of U distinct texts, in groups of similar length."""
+
+    groups: tuple[Tensor, ...]
+    """Each int64 (u, L); the u of all groups add up to U."""
+    text_of: Tensor
+    """int64 (B,): the text, counted through all groups, that each caption asked for is."""
+
+
+class Captions:
+    """The captions of the rows of a CSV, as text and as tokens. Thread-safe: a lost race costs one tokenisation.
+
+    Args:
+        texts: the caption column.
+        tokenizer: see Tokenizer.
+        lengths_of: (n, context_length) tokens -> (n,) lengths beyond which the text tower needs nothing; None when the
+            tower looks at all positions.
+        mode: whole, or sample (one tag at random per visit, from the numbers that belong to the sample's position).
+        tag_separator: a string; only used by mode sample.
+    """
+
+    def __init__(
+        self,
+        texts: Texts,
+        tokenizer: Tokenizer,
+        *,
+        lengths_of: Callable[[Tensor], Tensor] | None,
+        mode: str,
+        tag_separator: str,
+        template: str,
+        seed: int,
+    ) -> None:
+        self._texts = texts
+        self._tokenizer = tokenizer
+        self._lengths_of = lengths_of
+        self._mode = mode
+        self._tag_separator = tag_separator
+        self._template = template
+        self._seed = seed
+        self._cache: dict[str, NDArray[np.int32]] = {}
+
+    def choices(self, row: int) -> list[str]:
+        """Every caption that this row may be trained with, template applied."""
+        text = self._texts[row]
+        parts = split_tags(text, self._tag_separator) if self._mode == "sample" else [text]
+        return [self._template.replace("{}", part) for part in parts or [text]]
+
+    def at(self, rows: Sequence[int] | NDArray[np.int64], positions: NDArray[np.int64]) -> list[str]:
+        """The captions of these rows when they are visited at these sample numbers."""
+        if self._mode == "whole":
+            return [self.choices(int(row))[0] for row in rows]
+        numbers = uniforms(positions, 1, seed=self._seed, stream=CAPTION_STREAM)[:, 0]
+        chosen = []
+        for row, number in zip(rows, numbers, strict=True):
+            choices = self.choices(int(row))
+            chosen.append(choices[int(number * len(choices))])
+        return chosen
+
+    def tokens(self, captions: Sequence[str]) -> TokenGroups:
+        """Tokens of the distinct captions, ordered by length (and by first appearance within a group)."""
+        distinct = list(dict.fromkeys(captions))
+        rows = self._tokenised(distinct)
+        bucket = [-(-len(row) // LENGTH_STEP) for row in rows]
+        order = sorted(range(len(distinct)), key=lambda index: bucket[index])
+        groups, start = [], 0
+        for length, count in sorted(Counter(bucket).items()):
+            members = [rows[index] for index in order[start : start + count]]
+            padded = np.zeros((count, min(length * LENGTH_STEP, max(len(row) for row in members))), dtype=np.int64)
+            for at, member in enumerate(members):
+                padded[at, : len(member)] = member
+            groups.append(torch.from_numpy(padded))
+            start += count
+        place = {distinct[index]: at for at, index in enumerate(order)}
+        return TokenGroups(tuple(groups), torch.tensor([place[caption] for caption in captions], dtype=torch.int64))
+
+    def _tokenised(self, texts: list[str]) -> list[NDArray[np.int32]]:
+        new = [text for text in texts if text not in self._cache]
+        found = {}
+        if new:
+            tokens = self._tokenizer(new)
+            lengths = self._lengths_of(tokens).tolist() if self._lengths_of else [tokens.shape[1]] * len(new)
+            for text, row, length in zip(new, tokens.numpy().astype(np.int32), lengths, strict=True):
+                found[text] = row[:length].copy()
+            if len(self._cache) + len(found) <= CACHED_TEXTS:
+                self._cache.update(found)
+        return [found[text] if text in found else self._cache[text] for text in texts]
+
+
+def split_tags(text: str, separator: str) -> list[str]:
+    """The tags of a caption without empty ones, in order."""
+    return [tag.strip() for tag in text.split(separator) if tag.strip()]
+
+
+def find_tag_separator(texts: Sequence[str]) -> str:
+    """The separator that most of these captions contain; ', ' where none does, so that each caption is one tag."""
+    found = Counter(next((separator for separator in TAG_SEPARATORS if separator in text), "") for text in texts)
+    found.pop("", None)
+    return found.most_common(1)[0][0] if found else TAG_SEPARATORS[0]
+
+
+def full_lengths(tokenizer: Any, texts: list[str]) -> NDArray[np.int64]:
+    """(n,) tokens of each text with start and end, before any cut to the context length."""
+    if hasattr(tokenizer, "encode"):  # open_clip's SimpleTokenizer adds start and end itself when called
+        return np.array([len(tokenizer.encode(text)) + 2 for text in texts], dtype=np.int64)
+    return np.array([len(ids) for ids in tokenizer.tokenizer(texts, truncation=False).input_ids], dtype=np.int64)

@@ -1,0 +1,154 @@
+"""Encoded image -> uint8 pixels of the model's size: decode, orient, crop, resize. No global state, no normalisation.
+
+Normalisation waits for the device, so a quarter of the bytes of float32 cross the bus.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+MAX_IMAGE_PIXELS = 178_956_970
+"""Larger images are refused before memory is taken for them; the limit Pillow uses against decompression bombs."""
+
+CROP_TRIES = 10
+CROP_NUMBERS = 2 * CROP_TRIES + 2
+"""Random numbers that a crop uses: area and ratio for each try, then top and left."""
+
+_LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
+
+
+class BadImage(ValueError):
+    """These bytes are no image that can be decoded."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What the model looks at, from its own preprocessing config."""
+
+    height: int
+    width: int
+    interpolation: str
+    """bicubic or bilinear, always antialiased."""
+    resize_mode: str
+    """shortest: centre crop; squash: ignore the aspect ratio; longest: pad with fill_color."""
+    fill_color: int = 0
+
+
+def decode(data: bytes) -> Tensor:
+    """RGB pixels, upright by EXIF, transparent parts over white; the first frame of an animation.
+
+    Returns: uint8 (3, H, W).
+    Raises: BadImage, saying why.
+    """
+    if not data:
+        raise BadImage("it is empty")
+    try:
+        if data[:3] == b"\xff\xd8\xff":
+            _refuse_bomb(*_jpeg_size(data))
+            raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return decode_jpeg(raw, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        return _decode_with_pillow(data)
+    except BadImage:
+        raise
+    except Exception as error:  # noqa: BLE001  decoders raise whatever they like on hostile bytes
+        raise BadImage(str(error).splitlines()[0][:200] if str(error) else type(error).__name__) from None
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """(height, width) from the first frame header, without decoding."""
+    at = 2
+    while at + 9 <= len(data):
+        if data[at] != 0xFF:
+            break
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    raise BadImage("it is a JPEG without a frame header")
+
+
+def _refuse_bomb(height: int, width: int) -> None:
+    if height * width > MAX_IMAGE_PIXELS:
+        raise BadImage(f"it claims {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}")
+
+
+def _decode_with_pillow(data: bytes) -> Tensor:
+    with Image.open(io.BytesIO(data)) as opened:
+        _refuse_bomb(opened.height, opened.width)
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):
+            # 16-bit grey: Pillow's own conversion would clip at 255 and turn the image white.
+            image = Image.fromarray((np.asarray(image, dtype=np.int32) >> 8).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def random_crop_view(image: Tensor, view: View, *, numbers: NDArray[np.float64], smallest: float) -> Tensor:
+    """A random part of the image, resized to the view.
+
+    Args:
+        image: uint8 (3, H, W).
+        numbers: (CROP_NUMBERS,) in [0, 1), the only source of randomness.
+        smallest: smallest share of the area that is kept.
+    Returns: uint8 (3, view.height, view.width).
+    """
+    top, left, height, width = crop_box(image.shape[1], image.shape[2], numbers=numbers, smallest=smallest)
+    return _resize(image[:, top : top + height, left : left + width], view.height, view.width, view.interpolation)
+
+
+def crop_box(height: int, width: int, *, numbers: NDArray[np.float64], smallest: float) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the crop "Inception style": area in [smallest, 1], aspect ratio in [3/4, 4/3].
+
+    The same distribution as torchvision's RandomResizedCrop, whose fallback it shares: the largest centre crop within the ratios.
+    """
+    for area_number, ratio_number in zip(numbers[0 : 2 * CROP_TRIES : 2], numbers[1 : 2 * CROP_TRIES : 2], strict=True):
+        area = height * width * (smallest + (1 - smallest) * float(area_number))
+        ratio = math.exp(_LOG_RATIO[0] + (_LOG_RATIO[1] - _LOG_RATIO[0]) * float(ratio_number))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(float(numbers[-2]) * (height - crop_height + 1))
+            left = int(float(numbers[-1]) * (width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    crop_width = min(width, max(1, round(height * 4 / 3)))
+    crop_height = min(height, max(1, round(width * 4 / 3)))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def whole_view(image: Tensor, view: View) -> Tensor:
+    """The view that evaluation and the exported model use: open_clip's own preprocessing, in uint8.
+
+    Args: image: uint8 (3, H, W). Returns: uint8 (3, view.height, view.width).
+    """
+    height, width = image.shape[1], image.shape[2]
+    if view.resize_mode == "squash":
+        return _resize(image, view.height, view.width, view.interpolation)
+    scales = view.height / height, view.width / width
+    scale = max(scales) if view.resize_mode == "shortest" else min(scales)
+    resized = _resize(image, max(1, int(height * scale + 1e-6)), max(1, int(width * scale + 1e-6)), view.interpolation)
+    return _centred(resized, view)
+
+
+def _centred(image: Tensor, view: View) -> Tensor:
+    """Cuts what is too large and pads what is too small, around the centre."""
+    top, left = round((image.shape[1] - view.height) / 2), round((image.shape[2] - view.width) / 2)
+    if top >= 0 and left >= 0:
+        return image[:, top : top + view.height, left : left + view.width]
+    canvas = torch.full((3, view.height, view.width), view.fill_color, dtype=torch.uint8)
+    canvas[:, max(0, -top) : max(0, -top) + image.shape[1], max(0, -left) : max(0, -left) + image.shape[2]] = image
+    return canvas
+
+
+def _resize(image: Tensor, height: int, width: int, interpolation: str) -> Tensor:
+    if tuple(image.shape[1:]) == (height, width):
+        return image
+    return torch.nn.functional.interpolate(image[None], size=(height, width), mode=interpolation, antialias=True)[0]

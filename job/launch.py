@@ -1,0 +1,64 @@
+"""From the command line to the process's exit code. Nothing heavy is imported before the signal handler is installed."""
+
+import sys
+from typing import NoReturn
+
+from job.errors import JobError
+from job.runtime.stop import StopSignal
+
+STOPPABLE = ("train", "demo")
+"""Commands that save before they leave; in all others a signal ends the process as usual."""
+
+_DISK_FULL = {28: "the disk is full", 122: "the disk quota is used up"}  # ENOSPC, EDQUOT
+
+
+def main() -> NoReturn:
+    """Runs the command in sys.argv; ends the process with the exit code that errors.py documents."""
+    stop = StopSignal()
+    if len(sys.argv) > 1 and sys.argv[1] in STOPPABLE:
+        stop.install()
+    sys.exit(run_command(sys.argv[1:], stop))
+
+
+def run_command(arguments: list[str], stop: StopSignal) -> int:
+    """The exit code of a command; errors are told on stderr."""
+    import click
+
+    from job.cli import cli
+
+    try:
+        code = cli.main(args=arguments, prog_name="clipjob", standalone_mode=False, obj=stop)
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        _tell("stopped")
+        return 130
+    except JobError as error:
+        _tell(str(error))
+        return error.exit_code
+    except BrokenPipeError:  # a pager that was closed
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            where = f" while writing {error.filename}" if error.filename else ""
+            _tell(
+                f"{_DISK_FULL[error.errno]}{where}. Free some space, or point --scratch or --run elsewhere. Earlier checkpoints are kept."
+            )
+            return 69
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        reason = (str(error).strip().splitlines() or ["memory ran out"])[0]
+        _tell(
+            f"{reason} Take a smaller --global-batch-size or --grad-checkpointing in a new run, or a larger machine for this one."
+        )
+        return 70
+
+
+def _tell(message: str) -> None:
+    sys.stderr.write(f"clipjob: {message}\n")
+    sys.stderr.flush()

@@ -1,0 +1,36 @@
+"""AdamW for fine-tuning, and the learning rate as a function of the step."""
+
+import math
+
+import torch
+from torch import nn
+
+
+def make_optimizer(
+    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+) -> torch.optim.AdamW:
+    """AdamW in two groups: matrices decay; 1-D parameters (biases, norms) and logit_scale do not.
+
+    The fused implementation skips its update on the device when told of a gradient that is not finite, so the host need not look.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    fused = trained[0].device.type in ("cuda", "cpu", "mps")
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+def warmup_steps(asked: int, steps: int) -> int:
+    """The steps of linear warm-up; -1 asks for the lesser of 500 and a tenth of all."""
+    return min(500, steps // 10) if asked < 0 else asked
+
+
+def lr_at(step: int, *, peak: float, warmup: int, steps: int) -> float:
+    """The learning rate of the update that follows `step` updates: linear warm-up to the peak, then a cosine to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

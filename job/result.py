@@ -1,0 +1,33 @@
+"""What a person sees at the end: before and after, where the model lies, the line that loads it."""
+
+from typing import Any
+
+ROWS = {
+    "image_retrieval_recall@1": "text -> image, recall@1",
+    "image_retrieval_recall@5": "text -> image, recall@5",
+    "image_retrieval_recall@10": "text -> image, recall@10",
+    "text_retrieval_recall@1": "image -> text, recall@1",
+    "text_retrieval_recall@5": "image -> text, recall@5",
+    "text_retrieval_recall@10": "image -> text, recall@10",
+    "right_caption_probability": "probability of the right caption",
+}
+
+
+def result_table(result: dict[str, Any]) -> str:
+    """The result of a complete run as text. Args: result: the content of result.json."""
+    lines = []
+    before, after = result["before"], result["after"]
+    if after:
+        lines.append(f"{'held-out images':<34}{'before':>8}    {'after':>8}")
+        lines += [f"{words:<34}{before.get(name, 0):>8.3f} -> {after[name]:>8.3f}" for name, words in ROWS.items() if name in after]
+        lines.append("")
+    rate = f", {result['samples_per_second']:.0f} samples/s" if result["samples_per_second"] else ""
+    attempts = "1 attempt" if result["attempts"] == 1 else f"{result['attempts']} attempts"
+    lines.append(f"{result['step']} steps, {result['samples_seen']} samples, {result['seconds']:.0f} s in {attempts}{rate}")
+    best = f" (best, step {result['best_step']})" if result["best_step"] is not None else ""
+    lines.append(f"model{best}: {result['export']}")
+    folder = result["export"] if "://" not in result["export"] else "FOLDER"
+    copy = "" if folder != "FOLDER" else ", once it is copied to FOLDER"
+    lines.append(f"load it with open_clip{copy}:")
+    lines.append(f'    model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}")')
+    return "\n".join(lines)

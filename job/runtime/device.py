@@ -1,0 +1,78 @@
+"""What this node can do: device, precision, threads. Asked for and absent is an error, never a silent day on the CPU."""
+
+import os
+
+import torch
+
+from job.errors import ConfigError, DeviceError
+
+MAX_DECODE_THREADS = 16
+
+
+def choose_device(asked: str) -> torch.device:
+    """The device that was asked for; auto takes cuda, then mps, then cpu.
+
+    Raises: DeviceError, if it is absent or does not compute. ConfigError, if there is no such kind.
+    """
+    if asked == "auto":
+        if torch.cuda.is_available():
+            return _working_cuda("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    kind, _, index = asked.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()) or (index and kind != "cuda"):
+        raise ConfigError(f"--device must be auto, cuda, cuda:N, mps or cpu; found {asked!r}.")
+    if kind == "cuda":
+        return _working_cuda(asked)
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("--device mps was asked for, but this machine has none. Use --device auto or cpu.")
+    return torch.device(kind)
+
+
+def _working_cuda(name: str) -> torch.device:
+    """A CUDA device on which one small product came out right."""
+    advice = "Check nvidia-smi, the driver's version and the container's --gpus flag, or use --device cpu."
+    try:
+        device = torch.device(name)
+        ones = torch.ones(8, 8, device=device)
+        if (ones @ ones).sum().item() != 512:
+            raise DeviceError(f"The GPU {name} computes wrong results. {advice}")
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or ["unknown"])[0]
+        raise DeviceError(f"--device {name} can't be used: {reason} {advice}") from None
+    return device
+
+
+def choose_precision(asked: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16; auto takes the fastest that the device computes natively.
+
+    Raises: DeviceError, for fp16 where no loss scaling is implemented.
+    """
+    if asked == "fp16" and device.type != "cuda":
+        raise DeviceError(f"--precision fp16 needs a GPU; the device is {device.type}. Use bf16, fp32 or auto.")
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
+    if device.type == "cpu" and _cpu_has_bf16():
+        return "bf16"
+    return "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether bf16 products are instructions here; emulated they are slower than float32."""
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def decode_threads(asked: int) -> int:
+    return asked or min(MAX_DECODE_THREADS, cores())
+
+
+def cores() -> int:
+    """Cores that this process may use, which in a container or a Slurm job are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

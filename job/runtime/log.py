@@ -1,0 +1,57 @@
+"""Logs: one JSON object per line on stderr, or short lines where a person looks on."""
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+_STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+
+class JsonLines(logging.Formatter):
+    """One line per event: time, level, event, and the fields given as `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+        }
+        line |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class ShortLines(logging.Formatter):
+    """For a terminal: the event and its fields, warnings marked."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = ", ".join(f"{name} {_short(value)}" for name, value in vars(record).items() if name not in _STANDARD)
+        mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return f"{mark}{record.getMessage()}" + (f" ({fields})" if fields else "")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class _AboveLiveLine(logging.StreamHandler[Any]):
+    """Writes above a tqdm bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def set_up_logging() -> None:
+    """Sends our own log to stderr; libraries only from warnings on."""
+    terminal = sys.stderr.isatty()
+    handler = _AboveLiveLine() if terminal else logging.StreamHandler()
+    handler.setFormatter(ShortLines() if terminal else JsonLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("job").setLevel(logging.INFO)
+    logging.getLogger("root").setLevel(logging.ERROR)  # open_clip logs through the root logger, warnings for normal cases
+    logging.captureWarnings(True)

@@ -1,0 +1,84 @@
+"""What a person or a log sees while a job runs: one live line on a terminal, a canonical line per interval elsewhere."""
+
+import logging
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from job.config import Interval
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Shows steps as they are read. Close it: it owns the live line."""
+
+    def __init__(self, *, steps: int, done: int, every: Interval, steps_per_epoch: float) -> None:
+        self._every = every
+        self._steps = steps
+        self._steps_per_epoch = steps_per_epoch
+        self._recall = ""
+        self._saved = "none yet"
+        self._last_time = time.monotonic()
+        self._last_step = done
+        self._samples = 0
+        self._waited = 0.0
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr, smoothing=0.1)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def step(self, row: dict[str, Any], *, samples: int) -> None:
+        """One row of the history."""
+        self._samples += samples
+        self._waited += row["data_wait_seconds"]
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {_number(row['loss'])}, accuracy {_number(row['accuracy_image_to_text'])}{self._recall}, "
+                f"{samples / max(row['seconds'], 1e-9):.0f} samples/s, saved {self._saved}",
+                refresh=False,
+            )
+            self._bar.update(row["step"] - self._bar.n)
+        elif self._due(row["step"]):
+            elapsed = time.monotonic() - self._last_time
+            log.info(
+                "step",
+                extra={
+                    **{name: value for name, value in row.items() if name not in ("seconds", "data_wait_seconds", "pairs")},
+                    "steps": self._steps,
+                    "epoch": round(row["step"] / self._steps_per_epoch, 3),
+                    "samples_per_second": round(self._samples / max(elapsed, 1e-9), 2),
+                    "data_wait_ratio": round(self._waited / max(elapsed, 1e-9), 4),
+                    "eta_seconds": round((self._steps - row["step"]) * elapsed / max(1, row["step"] - self._last_step)),
+                },
+            )
+            self._last_time, self._last_step, self._samples, self._waited = time.monotonic(), row["step"], 0, 0.0
+
+    def evaluated(self, step: int, metrics: dict[str, float], *, best: bool) -> None:
+        """Held-out metrics of a step."""
+        self._recall = f", recall@5 {metrics.get('image_retrieval_recall@5', 0):.3f}"
+        log.info("evaluated", extra={"step": step, **metrics, "best": best})
+
+    def saved(self, step: int, seconds: float) -> None:
+        """A checkpoint that is durable now."""
+        self._saved = f"step {step} at {time.strftime('%H:%M:%S')}"
+        log.info("checkpoint", extra={"step": step, "seconds": round(seconds, 3)}) if self._bar is None else None
+
+    def _due(self, step: int) -> bool:
+        if step == self._steps:
+            return True
+        if self._every.kind == "steps":
+            return step % int(self._every.value) == 0
+        if self._every.kind == "epochs":
+            return step - self._last_step >= self._every.value * self._steps_per_epoch
+        seconds = self._every.value if self._every.kind == "seconds" else 10.0
+        return self._every.kind != "never" and time.monotonic() - self._last_time >= seconds
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"

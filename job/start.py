@@ -1,0 +1,178 @@
+"""What an attempt does before its first step, in the order in which train.py calls it. A part of train.py by rank."""
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import socket
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+
+import job
+from job.checkpoint.store import FORMAT, RunStore
+from job.config import AUTO, FIELDS, Config, flag
+from job.data.captions import find_tag_separator
+from job.data.check import quick_check
+from job.data.dataset import Dataset, make_dataset
+from job.data.images import open_images
+from job.data.manifest import read_manifest
+from job.data.staging import stage_file, stage_lmdb
+from job.errors import ConfigError, DataError, ResumeError, StorageError, TrainingError
+from job.model.build import write_base
+from job.storage import files
+
+log = logging.getLogger(__name__)
+
+
+def scratch_root(scratch: str) -> Path:
+    """The folder for everything local: given, or clipjob-<user id> among the system's temporary files."""
+    if "://" in scratch:
+        raise ConfigError(f"--scratch must be a local folder; found {scratch}.")
+    return Path(scratch) if scratch else Path(tempfile.gettempdir()) / f"clipjob-{os.getuid()}"
+
+
+def empty_scratch(scratch: str, *, run: str) -> Path:
+    """This run's local working folder, without what a killed attempt left there. Raises: StorageError."""
+    folder = scratch_root(scratch) / "runs" / hashlib.sha256(run.encode()).hexdigest()[:16]
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"The scratch folder {folder} can't be written ({error.strerror}). Point --scratch at a writable folder on a local disk."
+        ) from None
+    return folder
+
+
+def read_data(config: Config, scratch: Path) -> tuple[Config, Dataset]:
+    """Opens and checks the data. Returns: the config with what `auto` found in the CSV, and the data.
+
+    Raises: DataError, for what would make the job fail.
+    """
+    staged = scratch_root(config.scratch)
+    manifest = read_manifest(
+        stage_file(config.csv, staged, flag="--csv"),
+        separator=config.csv_separator,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        key_prefix=config.key_prefix,
+    )
+    images = open_images(stage_lmdb(config.lmdb, staged, flag="--lmdb"))
+    val_manifest = val_images = None
+    if config.val_csv:
+        val_manifest = read_manifest(stage_file(config.val_csv, staged, flag="--val-csv"), key_prefix=config.key_prefix)
+    if config.val_lmdb:
+        val_images = open_images(stage_lmdb(config.val_lmdb, staged, flag="--val-lmdb"))
+    dataset = make_dataset(manifest, images, val_manifest=val_manifest, val_images=val_images, val_fraction=config.val_fraction)
+    for problem in quick_check(
+        manifest,
+        images,
+        training=dataset.train_rows,
+        global_batch_size=config.global_batch_size,
+        max_bad_samples=config.max_bad_samples,
+    ):
+        log.warning(problem.text)
+    separator = config.tag_separator
+    if separator == AUTO and config.caption_mode == "sample":
+        spread = np.linspace(0, len(manifest) - 1, num=min(len(manifest), 1000), dtype=np.int64)
+        separator = find_tag_separator([manifest.captions[int(row)] for row in spread])
+        log.info("tag separator found", extra={"separator": separator})
+    found = {"csv_separator": manifest.separator, "image_column": manifest.image_column, "caption_column": manifest.caption_column}
+    log.info(
+        "data",
+        extra={
+            **found,
+            "rows": len(manifest),
+            "images": len(images),
+            "train": len(dataset.train_rows),
+            "held_out": len(dataset.held_out_rows),
+        },
+    )
+    return replace(config, tag_separator=separator, **found), dataset
+
+
+def find_base(config: Config, store: RunStore, scratch: Path) -> tuple[Path, bool]:
+    """The folder with the base model, and whether it has to be put into the run yet."""
+    found = store.fetch_folder("base", scratch / "base")
+    if found is not None:
+        return found, False
+    made = scratch / "new-base"
+    if config.init_from:
+        write_base(made, model=str(_fetch_export(config.init_from, scratch)), pretrained="", seed=config.seed)
+    else:
+        pretrained = config.pretrained
+        if "://" in pretrained:
+            pretrained = str(stage_file(pretrained, scratch_root(config.scratch), flag="--pretrained"))
+        write_base(made, model=config.model, pretrained=pretrained, seed=config.seed)
+    return made, True
+
+
+def _fetch_export(run: str, scratch: Path) -> Path:
+    source = RunStore(run)
+    for name in ("export/best", "export/final"):
+        folder = source.fetch_folder(name, scratch / "init")
+        if folder is not None:
+            return folder
+    raise DataError(
+        f"--init-from {files.shown(run)} has no exported model: it is not a complete run. `clipjob inspect` shows what is there."
+    )
+
+
+def compare_with_run(config: Config, store: RunStore, dataset: Dataset) -> None:
+    """Makes sure that this attempt does what the run is about; a new run's config is written here.
+
+    Raises:
+        ResumeError: config or data differ from the run's; all differences are named.
+        TrainingError: too many attempts ended without a checkpoint.
+    """
+    mine = {"format": FORMAT, "version": job.__version__, "config": config.to_json(), "data": dataset.fingerprint()}
+    stored = store.load_config() or store.create_config(mine)
+    wrong = [
+        f"{flag(name)} was {stored['config'].get(name)!r}, now {value!r}"
+        for name, value in mine["config"].items()
+        if not FIELDS[name].metadata["may_change"] and stored["config"].get(name) != value
+    ]
+    wrong += [f"{what}: {was}, now {now}" for what, was, now in _changes(stored["data"], mine["data"])]
+    if wrong:
+        raise ResumeError(
+            f"The run {files.shown(store.uri)} can't go on, for it was started with something else: {'; '.join(wrong)}. Give it the same "
+            "data and settings, or start a new run at another --run (with --init-from to keep what was learnt, once this one is complete)."
+        )
+    idle = store.idle_attempts()
+    if config.max_idle_attempts and idle >= config.max_idle_attempts:
+        raise TrainingError(
+            f"The last {idle} attempts at {files.shown(store.uri)} ended without a checkpoint; another would likely do the same. Look at "
+            "the reasons in `clipjob inspect`, then start again with a higher --max-idle-attempts (0: no limit)."
+        )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    names = {
+        "csv_sha256": "the CSV's sha256",
+        "lmdb": "the LMDB",
+        "val_csv_sha256": "the held-out CSV's sha256",
+        "val_lmdb": "the held-out LMDB",
+    }
+    return [(words, before.get(name), now[name]) for name, words in names.items() if before.get(name) != now[name]]
+
+
+def describe_attempt(device: torch.device) -> dict[str, Any]:
+    """Where and with what an attempt runs, for its claim."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "versions": {
+            "clipjob": job.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "open_clip": open_clip.__version__,
+        },
+    }

@@ -1,0 +1,263 @@
+"""The whole job, from a config to an outcome. Read it top to bottom.
+
+1. node        device, precision, threads: what can't work here ends the job before anything is written
+2. data        CSV and LMDB opened and checked, rows divided into training and held-out
+3. model       the run's own base folder; a new run makes it here
+4. run         a restart is compared with the run's config and data, then the attempt is claimed
+5. state       the newest checkpoint that verifies, or step 0
+6. steps       at the top of the loop stands a finished step: evaluate it, save it, leave, or take the next one
+7. result      exports, then result.json, which makes the run complete
+"""
+
+import contextlib
+import enum
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from job.checkpoint.state import FACTS, OPTIMIZER, WEIGHTS, TrainState
+from job.checkpoint.store import RunStore
+from job.checkpoint.writer import CheckpointWriter
+from job.config import Config
+from job.data.batches import Batch, Samples, load_batches
+from job.data.captions import Captions, Texts
+from job.data.dataset import Dataset
+from job.data.order import batches_from, rows_at, steps_in
+from job.errors import DataError, JobError, TrainingError
+from job.evaluate.export import export_run
+from job.evaluate.retrieval import evaluate_retrieval, group_pairs
+from job.model.build import ClipModel, load_base, prepare_towers
+from job.model.optimizer import lr_at, make_optimizer, warmup_steps
+from job.model.step import count_nonfinite, train_step
+from job.model.towers import lengths_of
+from job.runtime.device import autocast_dtype, choose_device, choose_precision, cores, decode_threads
+from job.runtime.history import History
+from job.runtime.progress import Progress
+from job.runtime.schedule import CheckpointClock, due_at_step
+from job.runtime.stop import StopSignal
+from job.start import compare_with_run, describe_attempt, empty_scratch, find_base, read_data
+
+log = logging.getLogger(__name__)
+
+Evaluate = Callable[[], dict[str, float] | None]
+
+
+class Outcome(enum.Enum):
+    COMPLETE = "complete"
+    STOPPED = "stopped"
+
+
+def train(config: Config, *, store: RunStore, stop: StopSignal) -> Outcome:
+    """Runs one attempt of a job, up to its end or a signal.
+
+    Args:
+        config: resolved against the run's stored one.
+        store: of config.run, its config loaded; nothing claimed yet.
+    Returns: COMPLETE, and the result is durable; STOPPED, and everything done so far is durable.
+    Raises: JobError, whose exit code says who must act.
+    """
+    started = time.monotonic()
+    device = choose_device(config.device)
+    config = replace(config, precision=choose_precision(config.precision, device), torch_threads=config.torch_threads or cores())
+    torch.set_num_threads(config.torch_threads)
+    scratch = empty_scratch(config.scratch, run=config.run)
+    config, dataset = read_data(config, scratch)
+    stop.check("reading the data")
+    base, base_is_new = find_base(config, store, scratch)
+    stop.check("building the model")
+    compare_with_run(config, store, dataset)
+    attempt = store.claim(describe_attempt(device))
+    log.info("attempt", extra={"run": config.run, "attempt": attempt, "device": str(device), "precision": config.precision})
+    try:
+        if base_is_new:
+            store.put_folder("base", base)
+        outcome = run_steps(
+            config, store=store, stop=stop, dataset=dataset, device=device, base=base, scratch=scratch, started=started
+        )
+    except JobError as error:
+        with contextlib.suppress(JobError):
+            store.end_attempt({"exit_code": error.exit_code, "reason": str(error)})
+        raise
+    store.end_attempt(
+        {"exit_code": 0, "reason": "complete"} if outcome is Outcome.COMPLETE else {"exit_code": 75, "reason": stop.name}
+    )
+    return outcome
+
+
+def run_steps(
+    config: Config,
+    *,
+    store: RunStore,
+    stop: StopSignal,
+    dataset: Dataset,
+    device: torch.device,
+    base: Path,
+    scratch: Path,
+    started: float,
+) -> Outcome:
+    """From the newest checkpoint to the result, or to a signal."""
+    restored = store.restore(scratch / "restored")
+    clip = load_base(base, weights=restored.folder / WEIGHTS if restored else None).to(device)
+    state = new_state(config, clip)
+    if restored:
+        state.restore({name: restored.folder / name for name in (OPTIMIZER, FACTS)})
+        log.info("resumed", extra={"step": state.step, "rejected": restored.rejected})
+    seconds_before = state.seconds
+
+    row_count, batch_size = len(dataset.train_rows), config.global_batch_size
+    steps_per_epoch = row_count / batch_size
+    steps = steps_in(epochs=config.epochs, row_count=row_count, global_batch_size=batch_size, max_steps=config.max_steps)
+    warmup = warmup_steps(config.warmup, steps)
+    autocast = autocast_dtype(config.precision)
+    evaluate = evaluation(config, dataset, clip, stop)
+    clock = CheckpointClock(config.checkpoint_every, steps_per_epoch=steps_per_epoch)
+
+    with contextlib.ExitStack() as closing:
+        progress = Progress(steps=steps, done=state.step, every=config.log_every, steps_per_epoch=steps_per_epoch)
+        closing.callback(progress.close)
+        writer = CheckpointWriter(store, scratch=scratch, keep=config.keep_checkpoints, keep_every=config.keep_every)
+        writer.on_saved, writer.last_step = progress.saved, state.step if restored else -1
+        closing.callback(writer.close)
+        batches = closing.enter_context(contextlib.closing(training_batches(config, dataset, clip, start=state.step, steps=steps)))
+
+        def on_row(row: dict[str, Any]) -> None:
+            count_nonfinite(state, row)
+            progress.step(row, samples=batch_size)
+
+        history = History(on_row)
+
+        def save() -> None:
+            lines = history.to_bytes()
+            state.seconds = seconds_before + time.monotonic() - started
+            evaluated = state.evaluated_step == state.step
+            writer.save(state, lines, info={"evaluated": evaluated, "metrics": state.after if evaluated else None})
+            clock.saved(stall_seconds=writer.stall_seconds, upload_seconds=writer.upload_seconds)
+
+        while True:
+            done = state.step == steps
+            metrics, best = None, False
+            if evaluate and state.evaluated_step != state.step and not stop.requested:
+                if state.step == 0 or done or due_at_step(config.evaluate_every, state.step, steps_per_epoch=steps_per_epoch):
+                    metrics = evaluate()
+            if metrics is not None:
+                history.add_evaluation(state.step, metrics)
+                best = state.take_metrics(metrics)
+                progress.evaluated(state.step, metrics, best=best)
+            unsaved = state.step != writer.last_step or metrics is not None
+            if unsaved and stop.requested:
+                writer.abandon_or_wait()
+            if unsaved and (best or done or stop.requested or state.step == 0 or (clock.due(state.step) and not writer.busy)):
+                save()
+            if done and (not evaluate or state.evaluated_step == state.step):
+                break
+            if stop.requested:
+                writer.wait()
+                return Outcome.STOPPED
+
+            began = time.monotonic()
+            batch = next(batches)
+            data_wait = time.monotonic() - began
+            lr = lr_at(state.step, peak=config.lr, warmup=warmup, steps=steps)
+            report = train_step(state, batch, clip=clip, lr=lr, grad_clip=config.grad_clip, autocast=autocast)
+            history.add(report, seconds=time.monotonic() - began, data_wait_seconds=data_wait)
+            for key, reason in batch.bad:
+                log.warning("image left out", extra={"key": key, "reason": reason, "step": state.step})
+            if state.bad_samples > config.max_bad_samples * max(row_count, state.step * batch_size):
+                save()
+                writer.wait()
+                raise too_many_bad_samples(state, config)
+            if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
+                raise diverged(state, config)
+
+        writer.wait()
+        finished = export_run(
+            store, state, base=base, scratch=scratch, global_batch_size=batch_size, stopping=lambda: stop.requested
+        )
+    return Outcome.COMPLETE if finished else Outcome.STOPPED
+
+
+def new_state(config: Config, clip: ClipModel) -> TrainState:
+    """The state at step 0; the weights are clip's."""
+    prepare_towers(
+        clip.module, lock_image=config.lock_image, lock_text=config.lock_text, grad_checkpointing=config.grad_checkpointing
+    )
+    optimizer = make_optimizer(
+        clip.module, lr=config.lr, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2), eps=config.eps
+    )
+    scaler = torch.amp.GradScaler(clip.shift.device.type) if config.precision == "fp16" else None
+    return TrainState(clip.module, optimizer, scaler)
+
+
+def training_batches(config: Config, dataset: Dataset, clip: ClipModel, *, start: int, steps: int) -> Iterator[Batch]:
+    """The batches of steps start … steps-1."""
+    samples = (
+        Samples(positions, dataset.train_rows[rows_at(positions, row_count=len(dataset.train_rows), seed=config.seed)])
+        for positions in itertools.islice(batches_from(start, global_batch_size=config.global_batch_size), steps - start)
+    )
+    return load_batches(
+        samples,
+        keys=dataset.manifest.keys,
+        images=dataset.images,
+        captions=captions_of(config, dataset.manifest.captions, clip),
+        view=clip.view,
+        threads=decode_threads(config.threads),
+        seed=config.seed,
+        crop_scale=config.crop_scale,
+        pin_memory=clip.shift.device.type == "cuda",
+    )
+
+
+def captions_of(config: Config, texts: Texts, clip: ClipModel) -> Captions:
+    return Captions(
+        texts,
+        clip.tokenizer,
+        lengths_of=lengths_of(clip.module),
+        mode=config.caption_mode,
+        tag_separator=config.tag_separator,
+        template=config.template,
+        seed=config.seed,
+    )
+
+
+def evaluation(config: Config, dataset: Dataset, clip: ClipModel, stop: StopSignal) -> Evaluate | None:
+    """Evaluates the model as it is when called: metrics, or None when a signal came first. None: nothing is held out."""
+    if not len(dataset.held_out_rows):
+        return None
+    captions = captions_of(config, dataset.held_out.captions, clip)
+    rows = [int(row) for row in dataset.held_out_rows]
+    held_out = group_pairs((dataset.held_out.keys[row], captions.choices(row)) for row in rows)
+
+    def evaluate() -> dict[str, float] | None:
+        return evaluate_retrieval(
+            clip,
+            held_out,
+            images=dataset.held_out_images,
+            captions=captions,
+            batch_size=config.global_batch_size,
+            threads=decode_threads(config.threads),
+            autocast=autocast_dtype(config.precision),
+            stopping=lambda: stop.requested,
+        )
+
+    return evaluate
+
+
+def too_many_bad_samples(state: TrainState, config: Config) -> DataError:
+    return DataError(
+        f"{state.bad_samples} of {state.step * config.global_batch_size} images could not be decoded, more than "
+        f"--max-bad-samples {config.max_bad_samples:g} allows; the log names them. `clipjob check --all` lists them all. The run is saved "
+        f"at step {state.step}: go on with a higher --max-bad-samples, or mend the LMDB and start a new run."
+    )
+
+
+def diverged(state: TrainState, config: Config) -> TrainingError:
+    return TrainingError(
+        f"The loss or gradient was not finite in {state.nonfinite_in_a_row} steps in a row, up to step {state.step}; none of them changed "
+        f"the weights. Start a new run with a lower --lr (now {config.lr:g}) or --precision fp32 (now {config.precision})."
+    )
