@@ -63,7 +63,7 @@ def cli() -> None:
 @cli.command()
 @settings
 @click.pass_obj
-def train(stop: StopSignal, config_file: str, **flags: Any) -> int:
+def train(stop: StopSignal, /, config_file: str, **flags: Any) -> int:
     """Fine-tune a model, or go on where the run stands."""
     return _train(stop, _given(flags, config_file))
 
@@ -71,7 +71,7 @@ def train(stop: StopSignal, config_file: str, **flags: Any) -> int:
 @cli.command()
 @settings
 @click.pass_obj
-def demo(stop: StopSignal, config_file: str, **flags: Any) -> int:
+def demo(stop: StopSignal, /, config_file: str, **flags: Any) -> int:
     """Train a small model on 2465 real images (OpenMoji), in about two minutes on two cores.
 
     All flags of `clipjob train` work; the run is ./clipjob-demo unless --run says otherwise.
@@ -87,12 +87,13 @@ def demo(stop: StopSignal, config_file: str, **flags: Any) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(config_file: str, all_images: bool, as_json: bool, **flags: Any) -> int:
     """Say what is wrong with the data and what the job will take, before it starts. Exit code 65: the job would fail."""
+    from job.data.check_report import render_table
     from job.runtime.log import set_up_logging
     from job.start import check_job
 
     set_up_logging()
     report = check_job(resolve({"run": "", **_given(flags, config_file)}, require_run=False), all_images=all_images)
-    click.echo(json.dumps(report.to_json(), indent=2) if as_json else report.to_table())
+    click.echo(report.to_json() if as_json else render_table(report))
     return 0 if report.ok else 65
 
 

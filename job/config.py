@@ -314,8 +314,9 @@ def resolve(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, *
     if wrong:
         free = ", ".join(flag(name) for name, spec in FIELDS.items() if spec.metadata["may_change"])
         raise ResumeError(
-            f"The run {given.get('run', '')} was started with other settings: {'; '.join(wrong)}. Leave these out to go on with the "
-            f"run's own, or choose another --run (with --init-from to start from this one's weights). A restart may change: {free}."
+            f"The run {given.get('run', '')} was started with other settings: {'; '.join(wrong)}. Leave these out to go on with "
+            "the run's own, or choose another --run (with --init-from to start from this one's weights). "
+            f"A restart may change: {free}."
         )
     adopted = {name: value for name, value in given.items() if name not in before or FIELDS[name].metadata["may_change"]}
     config = Config(**{**before, **adopted})

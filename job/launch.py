@@ -44,9 +44,8 @@ def run_command(arguments: list[str], stop: StopSignal) -> int:
     except OSError as error:
         if error.errno in _DISK_FULL:
             where = f" while writing {error.filename}" if error.filename else ""
-            _tell(
-                f"{_DISK_FULL[error.errno]}{where}. Free some space, or point --scratch or --run elsewhere. Earlier checkpoints are kept."
-            )
+            reason = _DISK_FULL[error.errno]
+            _tell(f"{reason}{where}. Free some space, or point --scratch or --run elsewhere. Earlier checkpoints are kept.")
             return 69
         raise
     except (MemoryError, RuntimeError) as error:

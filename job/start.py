@@ -18,14 +18,16 @@ import torch
 import job
 from job.checkpoint.store import FORMAT, RunStore
 from job.config import AUTO, FIELDS, Config, flag
-from job.data.captions import find_tag_separator
-from job.data.check import quick_check
+from job.data.captions import find_tag_separator, full_lengths
+from job.data.check import check_data, quick_check
+from job.data.check_report import Report
 from job.data.dataset import Dataset, make_dataset
 from job.data.images import open_images
 from job.data.manifest import read_manifest
+from job.data.pixels import decode
 from job.data.staging import stage_file, stage_lmdb
 from job.errors import ConfigError, DataError, ResumeError, StorageError, TrainingError
-from job.model.build import write_base
+from job.model.build import parameter_count, tokenizer_for, write_base
 from job.storage import files
 
 log = logging.getLogger(__name__)
@@ -46,13 +48,15 @@ def empty_scratch(scratch: str, *, run: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(
-            f"The scratch folder {folder} can't be written ({error.strerror}). Point --scratch at a writable folder on a local disk."
+            f"The scratch folder {folder} can't be written ({error.strerror}). Point --scratch at a writable local folder."
         ) from None
     return folder
 
 
-def read_data(config: Config, scratch: Path) -> tuple[Config, Dataset]:
-    """Opens and checks the data. Returns: the config with what `auto` found in the CSV, and the data.
+def read_data(config: Config, *, check: bool = True) -> tuple[Config, Dataset]:
+    """Opens the data. Returns: the config with what `auto` found in the CSV, and the data.
+
+    Args: check: run the cheap part of the preflight.
 
     Raises: DataError, for what would make the job fail.
     """
@@ -71,20 +75,22 @@ def read_data(config: Config, scratch: Path) -> tuple[Config, Dataset]:
     if config.val_lmdb:
         val_images = open_images(stage_lmdb(config.val_lmdb, staged, flag="--val-lmdb"))
     dataset = make_dataset(manifest, images, val_manifest=val_manifest, val_images=val_images, val_fraction=config.val_fraction)
-    for problem in quick_check(
-        manifest,
-        images,
-        training=dataset.train_rows,
-        global_batch_size=config.global_batch_size,
-        max_bad_samples=config.max_bad_samples,
-    ):
-        log.warning(problem.text)
+    if check:
+        batch_size, limit = config.global_batch_size, config.max_bad_samples
+        for problem in quick_check(
+            manifest, images, training=dataset.train_rows, global_batch_size=batch_size, max_bad_samples=limit
+        ):
+            log.warning(problem.text)
     separator = config.tag_separator
     if separator == AUTO and config.caption_mode == "sample":
         spread = np.linspace(0, len(manifest) - 1, num=min(len(manifest), 1000), dtype=np.int64)
         separator = find_tag_separator([manifest.captions[int(row)] for row in spread])
         log.info("tag separator found", extra={"separator": separator})
-    found = {"csv_separator": manifest.separator, "image_column": manifest.image_column, "caption_column": manifest.caption_column}
+    found: dict[str, Any] = {
+        "csv_separator": manifest.separator,
+        "image_column": manifest.image_column,
+        "caption_column": manifest.caption_column,
+    }
     log.info(
         "data",
         extra={
@@ -132,7 +138,7 @@ def compare_with_run(config: Config, store: RunStore, dataset: Dataset) -> None:
         ResumeError: config or data differ from the run's; all differences are named.
         TrainingError: too many attempts ended without a checkpoint.
     """
-    mine = {"format": FORMAT, "version": job.__version__, "config": config.to_json(), "data": dataset.fingerprint()}
+    mine: dict[str, Any] = {"format": FORMAT, "version": job.__version__, "config": config.to_json(), "data": dataset.fingerprint()}
     stored = store.load_config() or store.create_config(mine)
     wrong = [
         f"{flag(name)} was {stored['config'].get(name)!r}, now {value!r}"
@@ -142,14 +148,15 @@ def compare_with_run(config: Config, store: RunStore, dataset: Dataset) -> None:
     wrong += [f"{what}: {was}, now {now}" for what, was, now in _changes(stored["data"], mine["data"])]
     if wrong:
         raise ResumeError(
-            f"The run {files.shown(store.uri)} can't go on, for it was started with something else: {'; '.join(wrong)}. Give it the same "
-            "data and settings, or start a new run at another --run (with --init-from to keep what was learnt, once this one is complete)."
+            f"The run {files.shown(store.uri)} can't go on, for it was started with something else: {'; '.join(wrong)}. "
+            "Give it the same data and settings, or start a new run at another --run (with --init-from, once this one is complete, "
+            "to keep what was learnt)."
         )
     idle = store.idle_attempts()
     if config.max_idle_attempts and idle >= config.max_idle_attempts:
         raise TrainingError(
-            f"The last {idle} attempts at {files.shown(store.uri)} ended without a checkpoint; another would likely do the same. Look at "
-            "the reasons in `clipjob inspect`, then start again with a higher --max-idle-attempts (0: no limit)."
+            f"The last {idle} attempts at {files.shown(store.uri)} ended without a checkpoint; another would likely do the same. "
+            "Look at the reasons in `clipjob inspect`, then start again with a higher --max-idle-attempts (0: no limit)."
         )
 
 
@@ -176,3 +183,29 @@ def describe_attempt(device: torch.device) -> dict[str, Any]:
             "open_clip": open_clip.__version__,
         },
     }
+
+
+def check_job(config: Config, *, all_images: bool) -> Report:
+    """The whole preflight of `clipjob check`: what is wrong with the data, and what the job will take."""
+    config, dataset = read_data(config, check=False)
+    tokenizer, context_length = tokenizer_for(config.model)
+    parameters = parameter_count(config.model)
+    return check_data(
+        dataset.manifest,
+        dataset.images,
+        token_lengths=lambda texts: full_lengths(tokenizer, texts),
+        decode=decode,
+        context_length=context_length,
+        global_batch_size=config.global_batch_size,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        val_fraction=0.0 if config.val_csv else config.val_fraction,
+        max_bad_samples=config.max_bad_samples,
+        weight_bytes=4 * parameters,
+        optimizer_bytes=8 * parameters,
+        keep_checkpoints=config.keep_checkpoints,
+        keep_every=config.keep_every,
+        run=config.run,
+        threads=config.threads,
+        all_images=all_images,
+    )

@@ -14,7 +14,7 @@ import enum
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def train(config: Config, *, store: RunStore, stop: StopSignal) -> Outcome:
     config = replace(config, precision=choose_precision(config.precision, device), torch_threads=config.torch_threads or cores())
     torch.set_num_threads(config.torch_threads)
     scratch = empty_scratch(config.scratch, run=config.run)
-    config, dataset = read_data(config, scratch)
+    config, dataset = read_data(config)
     stop.check("reading the data")
     base, base_is_new = find_base(config, store, scratch)
     stop.check("building the model")
@@ -140,25 +140,24 @@ def run_steps(
             clock.saved(stall_seconds=writer.stall_seconds, upload_seconds=writer.upload_seconds)
 
         while True:
-            done = state.step == steps
-            metrics, best = None, False
-            if evaluate and state.evaluated_step != state.step and not stop.requested:
-                if state.step == 0 or done or due_at_step(config.evaluate_every, state.step, steps_per_epoch=steps_per_epoch):
-                    metrics = evaluate()
+            last = state.step == steps
+            due = state.step == 0 or last or due_at_step(config.evaluate_every, state.step, steps_per_epoch=steps_per_epoch)
+            metrics = evaluate() if evaluate and due and state.evaluated_step != state.step else None
+            best = False
             if metrics is not None:
-                history.add_evaluation(state.step, metrics)
                 best = state.take_metrics(metrics)
+                history.add_evaluation(state.step, metrics)
                 progress.evaluated(state.step, metrics, best=best)
-            unsaved = state.step != writer.last_step or metrics is not None
-            if unsaved and stop.requested:
+            complete = last and (not evaluate or state.evaluated_step == state.step)
+            stopping = stop.requested and not complete  # read once: a signal that comes later is met at the next step
+            if stopping:
                 writer.abandon_or_wait()
-            if unsaved and (best or done or stop.requested or state.step == 0 or (clock.due(state.step) and not writer.busy)):
+            unsaved = state.step != writer.last_step or metrics is not None
+            if unsaved and (best or last or stopping or state.step == 0 or (clock.due(state.step) and not writer.busy)):
                 save()
-            if done and (not evaluate or state.evaluated_step == state.step):
-                break
-            if stop.requested:
+            if complete or stopping:
                 writer.wait()
-                return Outcome.STOPPED
+                break
 
             began = time.monotonic()
             batch = next(batches)
@@ -175,11 +174,10 @@ def run_steps(
             if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
                 raise diverged(state, config)
 
-        writer.wait()
-        finished = export_run(
-            store, state, base=base, scratch=scratch, global_batch_size=batch_size, stopping=lambda: stop.requested
-        )
-    return Outcome.COMPLETE if finished else Outcome.STOPPED
+    exported = complete and export_run(
+        store, state, base=base, scratch=scratch, global_batch_size=batch_size, stopping=lambda: stop.requested
+    )
+    return Outcome.COMPLETE if exported else Outcome.STOPPED
 
 
 def new_state(config: Config, clip: ClipModel) -> TrainState:
@@ -194,7 +192,7 @@ def new_state(config: Config, clip: ClipModel) -> TrainState:
     return TrainState(clip.module, optimizer, scaler)
 
 
-def training_batches(config: Config, dataset: Dataset, clip: ClipModel, *, start: int, steps: int) -> Iterator[Batch]:
+def training_batches(config: Config, dataset: Dataset, clip: ClipModel, *, start: int, steps: int) -> Generator[Batch]:
     """The batches of steps start … steps-1."""
     samples = (
         Samples(positions, dataset.train_rows[rows_at(positions, row_count=len(dataset.train_rows), seed=config.seed)])
@@ -251,13 +249,14 @@ def evaluation(config: Config, dataset: Dataset, clip: ClipModel, stop: StopSign
 def too_many_bad_samples(state: TrainState, config: Config) -> DataError:
     return DataError(
         f"{state.bad_samples} of {state.step * config.global_batch_size} images could not be decoded, more than "
-        f"--max-bad-samples {config.max_bad_samples:g} allows; the log names them. `clipjob check --all` lists them all. The run is saved "
-        f"at step {state.step}: go on with a higher --max-bad-samples, or mend the LMDB and start a new run."
+        f"--max-bad-samples {config.max_bad_samples:g} allows; the log names them, and `clipjob check --all` lists them all. "
+        f"The run is saved at step {state.step}: go on with a higher --max-bad-samples, or mend the LMDB and start a new run."
     )
 
 
 def diverged(state: TrainState, config: Config) -> TrainingError:
     return TrainingError(
-        f"The loss or gradient was not finite in {state.nonfinite_in_a_row} steps in a row, up to step {state.step}; none of them changed "
-        f"the weights. Start a new run with a lower --lr (now {config.lr:g}) or --precision fp32 (now {config.precision})."
+        f"The loss or gradient was not finite in {state.nonfinite_in_a_row} steps in a row, up to step {state.step}; "
+        "none of them changed the weights. "
+        f"Start a new run with a lower --lr (now {config.lr:g}) or --precision fp32 (now {config.precision})."
     )

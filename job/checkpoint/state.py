@@ -40,6 +40,8 @@ class TrainState:
     after: dict[str, float] = field(default_factory=dict)
     """Held-out metrics at evaluated_step."""
     best_step: int = -1
+    best: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics at best_step."""
     best_score: float = float("-inf")
     seconds: float = 0.0
     """Time spent in all attempts up to this state, start-up included."""
@@ -52,7 +54,7 @@ class TrainState:
         score = metrics.get("mean_recall", 0.0)
         if score <= self.best_score:
             return False
-        self.best_step, self.best_score = self.step, score
+        self.best_step, self.best_score, self.best = self.step, score, metrics
         return True
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -75,6 +77,7 @@ class TrainState:
             "before",
             "after",
             "best_step",
+            "best",
             "seconds",
         )
         facts = {name: getattr(self, name) for name in names}

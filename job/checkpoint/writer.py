@@ -13,7 +13,7 @@ from torch import Tensor
 
 from job.checkpoint.state import TrainState, write_files
 from job.checkpoint.store import RunStore
-from job.errors import JobError
+from job.errors import JobError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._abandon = threading.Event()
+        self._abandoned = False
         self._uploading = False
         self.stall_seconds = 0.0
         """What the last save cost the training thread."""
@@ -74,6 +75,8 @@ class CheckpointWriter:
         if self.busy and not self._uploading:
             self._abandon.set()
         self.wait()
+        if self._abandoned:
+            self.last_step, self._abandoned = -1, False
 
     def close(self) -> None:
         """Waits for a running save; what it failed with is only logged, for the job ends for another reason already."""
@@ -113,21 +116,31 @@ class CheckpointWriter:
         best_step: int,
     ) -> None:
         began = time.monotonic()
-        folder = self._store.workspace(step, self._scratch)
+        folder = None
         try:
+            folder = self._store.workspace(step, self._scratch)
             if copied is not None:
                 copied.synchronize()
             files = write_files(folder, tensors, facts)
-            if self._abandon.is_set():
+            self._abandoned = self._abandon.is_set()
+            if self._abandoned:
                 return
             self._uploading = True
             self._store.write_history(history)
             self._store.save(step, files, info=info)
             self.upload_seconds = time.monotonic() - began
-            self._store.prune(keep=self._keep, keep_every=self._keep_every, best_step=best_step)
             self.on_saved(step, self.upload_seconds)
+            self._prune(best_step)
         except BaseException as error:  # noqa: BLE001  handed to the training thread, which raises it
             self._failure = error
         finally:
             self._uploading = False
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _prune(self, best_step: int) -> None:
+        """Too many checkpoints are no reason to end a job."""
+        try:
+            self._store.prune(keep=self._keep, keep_every=self._keep_every, best_step=best_step)
+        except StorageError as error:
+            log.warning("old checkpoints were not removed", extra={"reason": str(error)})

@@ -6,7 +6,7 @@ moves in train_step alone.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -79,7 +79,7 @@ def load_batches(
     seed: int,
     crop_scale: float,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Batches for training, in the order of samples, prepared ahead by threads.
 
     Args: crop_scale: smallest share of an image that a random crop keeps; 1: the evaluation view instead.
@@ -112,7 +112,7 @@ def load_images(
     augment: tuple[Callable[[Tensor, NDArray[np.float64]], Tensor], Callable[[NDArray[np.int64]], NDArray[np.float64]]]
     | None = None,
     pin_memory: bool = False,
-) -> Iterator[T]:
+) -> Generator[T]:
     """What `finish` makes of the images of each batch, in order, a few batches ahead. Close the iterator to end its threads.
 
     Args:

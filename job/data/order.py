@@ -89,7 +89,7 @@ def uniforms(positions: NDArray[Any], count: int, *, seed: int, stream: int) -> 
         stream: what they are for; two streams of a seed are independent.
     Returns: (k, count).
     """
-    counters = np.asarray(positions, dtype=np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
+    counters = np.asarray(positions).astype(np.uint64)[:, None] * np.uint64(count) + np.arange(count).astype(np.uint64)
     words = hash64(hash64(counters, derived_key(seed, 2, stream)), stream)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

@@ -53,7 +53,8 @@ def decode(data: bytes) -> Tensor:
         if data[:3] == b"\xff\xd8\xff":
             _refuse_bomb(*_jpeg_size(data))
             raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return decode_jpeg(raw, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+            decoded: Tensor = decode_jpeg(raw, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+            return decoded
         return _decode_with_pillow(data)
     except BadImage:
         raise

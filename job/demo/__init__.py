@@ -13,7 +13,7 @@ def settings() -> dict[str, Any]:
         "lmdb": str(FOLDER / "openmoji" / "images.lmdb"),
         "run": str(Path("clipjob-demo").absolute()),
         "model": str(FOLDER / "tiny.json"),
-        "val_fraction": 0.1075,
+        "val_fraction": 0.1007,
         "global_batch_size": 64,
         "epochs": 15.0,
         "lr": 1e-3,

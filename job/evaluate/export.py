@@ -43,6 +43,7 @@ def _result(store: RunStore, state: TrainState, *, best: bool, global_batch_size
         "attempts": store.attempt,
         "before": state.before,
         "after": state.after,
+        "best": state.best,
         "best_step": state.best_step if best else None,
         "export": files.join(store.uri, "export", "best" if best else "final"),
         "samples_per_second": round(global_batch_size / statistics.median(seconds), 3) if seconds else None,

@@ -69,7 +69,7 @@ def evaluate_retrieval(
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             image_features = []
-            kept = []
+            kept: list[int] = []
             batches = _image_batches(held_out, images=images, view=clip.view, batch_size=batch_size, threads=threads)
             for start, loaded in batches:
                 if stopping():

@@ -255,9 +255,8 @@ def _instantiate(folder: Path, *, device: str = "cpu") -> nn.Module:
     return module
 
 
-def _preprocessing(module: nn.Module) -> dict[str, Any]:
-    cfg: Any = module.visual.preprocess_cfg
-    return dict(cfg)
+def _preprocessing(module: Any) -> dict[str, Any]:
+    return dict(module.visual.preprocess_cfg)
 
 
 def _load_weights(module: nn.Module, path: str, *, model: str) -> None:

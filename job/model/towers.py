@@ -72,7 +72,7 @@ def _pooling(tower: Any) -> tuple[str, int]:
     return tower.pool_type, tower.eos_id
 
 
-def _encode_cut(tower: Any, tokens_UL: Tensor) -> Tensor:
+def _encode_cut(tower: Any, tokens_UL: Tensor) -> Any:
     """open_clip's text forward on the first L positions. Exact, because no position sees a later one."""
     length = tokens_UL.shape[1]
     dtype = tower.transformer.get_cast_dtype()
