@@ -98,6 +98,34 @@ def check(config_file: str, all_images: bool, as_json: bool, **flags: Any) -> in
 
 
 @cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--folder", type=click.Path(path_type=Path), help="Where the images of a CSV lie. [default: beside the CSV]")
+@click.option("--csv", "csv_output", type=click.Path(path_type=Path), help="Also write a CSV of what was packed.")
+@click.option("--resize", default=0, metavar="PIXELS", help="Re-encode larger images to this short side, such as 256.")
+@click.option("--quality", default=90, show_default=True, help="JPEG quality of re-encoded images.")
+@click.option("--threads", default=0, help="Threads that read and re-encode. [default: one per core]")
+@click.option("--max-bad-samples", default=0.01, show_default=True, help="Highest share of files that may be no images.")
+@click.option("--csv-separator", "separator", default="auto", show_default=True)
+@click.option("--image-column", default="auto", show_default=True)
+@click.option("--caption-column", default="auto", show_default=True)
+@click.pass_obj
+def pack(stop: StopSignal, /, source: Path, output: Path, **options: Any) -> int:
+    """Put images into an LMDB. SOURCE is a folder of images or a CSV that lists them; OUTPUT is the LMDB to make.
+
+    Killed or stopped, the same command goes on where it was; OUTPUT appears once it is complete.
+    """
+    from job.data.pack import pack as pack_images
+    from job.runtime.log import set_up_logging
+
+    set_up_logging()
+    packed = pack_images(source, output, stopping=lambda: stop.requested, **options)
+    left_out = f", {len(packed.bad)} left out" if packed.bad else ""
+    click.echo(f"{packed.images} images in {output} ({packed.output_bytes / 1e6:.1f} MB){left_out}")
+    return 0
+
+
+@cli.command()
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--verify/--no-verify", default=True, help="Read every checkpoint and compare its hashes.")

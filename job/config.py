@@ -292,6 +292,9 @@ def merge(*, flags: Mapping[str, Any], environ: Mapping[str, str], config_file: 
     for name in ("run", "csv", "lmdb", "val_csv", "val_lmdb", "scratch", "init_from"):
         if given.get(name) and "://" not in given[name]:
             given[name] = os.path.abspath(os.path.expanduser(given[name]))
+    for name in ("model", "pretrained"):  # a name of open_clip, unless there is such a file
+        if given.get(name) and os.path.exists(given[name]):
+            given[name] = os.path.abspath(given[name])
     return given
 
 
@@ -309,7 +312,7 @@ def resolve(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, *
     wrong = [
         f"{flag(name)} was {_shown(before[name])}, now {_shown(value)}"
         for name, value in given.items()
-        if name in before and not FIELDS[name].metadata["may_change"] and not _agrees(given=value, stored=before[name])
+        if name in before and not FIELDS[name].metadata["may_change"] and not _agrees(value, before[name])
     ]
     if wrong:
         free = ", ".join(flag(name) for name, spec in FIELDS.items() if spec.metadata["may_change"])
@@ -326,9 +329,11 @@ def resolve(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, *
     return config
 
 
-def _agrees(*, given: Any, stored: Any) -> bool:
-    """`auto`, or a 0 or -1 that means it, agrees with what it was resolved to."""
-    return given == stored or given in (AUTO, Interval(AUTO), FIELDS["torch_threads"].default)
+def _agrees(given: Any, stored: Any) -> bool:
+    """`auto`, or the 0 that means it, agrees with what it was resolved to; a file may have moved to another folder."""
+    if isinstance(given, str) and os.path.isabs(given) and os.path.isabs(stored):
+        return bool(os.path.basename(given) == os.path.basename(stored))
+    return given == stored or given in (AUTO, Interval(AUTO)) or (given == 0 and isinstance(stored, int) and stored > 0)
 
 
 def _shown(value: Any) -> str:

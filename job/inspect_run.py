@@ -1,8 +1,12 @@
 """What `clipjob inspect` shows of a run. Imports no torch."""
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
+from job.checkpoint.commit import Commit, Rejection
 from job.checkpoint.store import RunStore
+from job.checkpoint.transfer import receive
 from job.errors import ConfigError
 from job.storage import files
 
@@ -21,7 +25,7 @@ def inspect_run(uri: str, *, verify: bool) -> dict[str, Any]:
     checkpoints = []
     for commit in store.commits():
         size = sum(record.size for record in commit.files.values())
-        checked = {"state": store.fault(commit) or "sound"} if verify else {}
+        checked = {"state": _verify(uri, commit)} if verify else {}
         checkpoints.append({"step": commit.step, "attempt": commit.attempt, "bytes": size, **checked, **commit.info})
     steps = [row for row in store.read_history() if row.get("kind") == "step"]
     return {
@@ -35,6 +39,16 @@ def inspect_run(uri: str, *, verify: bool) -> dict[str, Any]:
         "config": stored["config"],
         "data": stored["data"],
     }
+
+
+def _verify(uri: str, commit: Commit) -> str:
+    """ "sound", or what is wrong with a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            receive(files.join(uri, "data", commit.data), commit.files, Path(folder))
+        except Rejection as reason:
+            return str(reason)
+    return "sound"
 
 
 def to_text(found: dict[str, Any]) -> str:

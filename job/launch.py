@@ -6,7 +6,7 @@ from typing import NoReturn
 from job.errors import JobError
 from job.runtime.stop import StopSignal
 
-STOPPABLE = ("train", "demo")
+STOPPABLE = ("train", "demo", "pack")
 """Commands that save before they leave; in all others a signal ends the process as usual."""
 
 _DISK_FULL = {28: "the disk is full", 122: "the disk quota is used up"}  # ENOSPC, EDQUOT

@@ -81,13 +81,19 @@ def read_data(config: Config, *, check: bool = True) -> tuple[Config, Dataset]:
             manifest, images, training=dataset.train_rows, global_batch_size=batch_size, max_bad_samples=limit
         ):
             log.warning(problem.text)
+        if val_manifest is not None:
+            rows = dataset.held_out_rows
+            for problem in quick_check(
+                val_manifest, dataset.held_out_images, training=rows, global_batch_size=1, max_bad_samples=limit
+            ):
+                log.warning("--val-csv: %s", problem.text)
     separator = config.tag_separator
     if separator == AUTO and config.caption_mode == "sample":
         spread = np.linspace(0, len(manifest) - 1, num=min(len(manifest), 1000), dtype=np.int64)
         separator = find_tag_separator([manifest.captions[int(row)] for row in spread])
         log.info("tag separator found", extra={"separator": separator})
     found: dict[str, Any] = {
-        "csv_separator": manifest.separator,
+        "csv_separator": "tab" if manifest.separator == "\t" else manifest.separator,
         "image_column": manifest.image_column,
         "caption_column": manifest.caption_column,
     }

@@ -52,18 +52,19 @@ def render_table(report: Report, *, width: int = 0) -> str:
             "",
             *textwrap.wrap(head + problem.text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False),
         ]
-    counts = [f"{sum(problem.severity == severity for problem in report.problems)} {severity}s" for severity in order[:2]]
-    lines += ["", f"{'The data is fit for training' if report.ok else 'The data is not fit for training'}: {', '.join(counts)}."]
+    errors, warnings = (sum(problem.severity == severity for problem in report.problems) for severity in order[:2])
+    counts = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
+    lines += ["", f"The data is {'fit' if report.ok else 'not fit'} for training: {counts}."]
     return "\n".join(lines)
 
 
 def shown_bytes(count: float) -> str:
     """1820000000 -> 1.82 GB"""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} TB"
+    return f"{count:,.3g} TB" if count < 999.5 else f"{count:,.0f} TB"
 
 
 def _label(name: str) -> str:

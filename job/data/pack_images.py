@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from job.errors import DataError
 
@@ -28,7 +28,9 @@ def encode_image(file: Path, *, resize: int, quality: int) -> bytes:
     Raises: one of BAD_IMAGE_ERRORS, for a file that can't be read or decoded to its end.
     """
     data = file.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
+    if not data:
+        raise ValueError("it is empty")
+    with _identified(data) as image:
         shrinks = 0 < resize < min(image.size)
         if shrinks:
             # A JPEG decodes straight to half or a quarter of its size; at least twice the target is kept for the filter to work on.
@@ -43,6 +45,13 @@ def encode_image(file: Path, *, resize: int, quality: int) -> bytes:
         out = io.BytesIO()
         upright.resize(size, Image.Resampling.BICUBIC).save(out, "JPEG", quality=quality)
         return out.getvalue()
+
+
+def _identified(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError("it is in no image format that Pillow knows") from None
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:

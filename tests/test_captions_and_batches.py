@@ -1,0 +1,167 @@
+"""From rows to batches: captions, tokens, pixels, and images that can't be decoded."""
+
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import tiny
+import torch
+
+from job.data.batches import Batch, Samples, load_batches
+from job.data.captions import Captions, find_tag_separator, full_lengths, split_tags
+from job.data.pixels import View
+
+TOKENIZER = open_clip.get_tokenizer("ViT-B-32")
+TEXTS = ["a red apple, fruit, sweet", "a blue car", "", "a red apple, fruit, sweet", "x " * 200]
+
+
+def lengths_to_end_of_text(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens.argmax(dim=-1) + 1
+
+
+def captions(texts: list[str] = TEXTS, **changes: object) -> Captions:
+    given = {"lengths_of": lengths_to_end_of_text, "mode": "whole", "tag_separator": ", ", "template": "{}", "seed": 0}
+    return Captions(texts, TOKENIZER, **{**given, **changes})
+
+
+def rebuilt(found: object, count: int) -> torch.Tensor:
+    """The tokens of each caption asked for, padded again to the context length."""
+    rows = [torch.nn.functional.pad(row, (0, 77 - len(row))) for group in found.groups for row in group]
+    return torch.stack([rows[at] for at in found.text_of[:count]])
+
+
+def test_tokens_are_open_clips_each_distinct_text_once() -> None:
+    found = captions().tokens(TEXTS)
+    assert torch.equal(rebuilt(found, 5), TOKENIZER(TEXTS))
+    assert sum(len(group) for group in found.groups) == 4
+    assert found.text_of[0] == found.text_of[3]
+
+
+def test_at_most_seven_positions_of_a_caption_are_padding() -> None:
+    for group in captions().tokens(TEXTS).groups:
+        assert group.shape[1] - (group.argmax(dim=-1) + 1).min() <= 7
+
+
+def test_a_tower_that_looks_at_all_positions_gets_them() -> None:
+    (group,) = captions(lengths_of=None).tokens(TEXTS).groups
+    assert group.shape == (4, 77)
+
+
+def test_each_text_is_tokenised_once() -> None:
+    asked: list[str] = []
+
+    def counting(texts: list[str]) -> torch.Tensor:
+        asked.extend(texts)
+        return TOKENIZER(texts)
+
+    source = Captions(TEXTS, counting, lengths_of=None, mode="whole", tag_separator="", template="{}", seed=0)
+    source.tokens(TEXTS)
+    source.tokens(TEXTS[::-1])
+    assert sorted(asked) == sorted(set(TEXTS))
+
+
+def test_sampled_tags_depend_on_the_position_alone() -> None:
+    source = captions(mode="sample", template="a photo of {}")
+    visits = source.at(np.zeros(60, dtype=np.int64), np.arange(60))
+    assert set(visits) == {"a photo of a red apple", "a photo of fruit", "a photo of sweet"}
+    assert source.at([0], np.array([41])) == [visits[41]]
+    assert captions(mode="sample", template="a photo of {}", seed=1).at(np.zeros(60, dtype=np.int64), np.arange(60)) != visits
+
+
+def test_a_row_without_tags_keeps_its_text() -> None:
+    assert captions(mode="sample").choices(2) == [""]
+    assert captions(mode="sample").choices(1) == ["a blue car"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "separator"),
+    [(["a, b", "c, d"], ", "), (["a,b", "c,d"], ","), (["a;b", "c"], ";"), (["plain"], ", "), (["a|b"], "|"), (["a/b"], "/")],
+)
+def test_tag_separator_is_found(texts: list[str], separator: str) -> None:
+    assert find_tag_separator(texts) == separator
+
+
+def test_empty_tags_are_no_tags() -> None:
+    assert split_tags("a, , b,  ", ", ") == ["a", "b"] or split_tags("a, , b,  ", ",") == ["a", "b"]
+
+
+def test_full_lengths_count_what_truncation_would_cut() -> None:
+    assert full_lengths(TOKENIZER, ["a blue car", "x " * 200]).tolist() == [5, 202]
+
+
+VIEW = View(32, 32, "bicubic", "shortest")
+
+
+class Store:
+    def __init__(self, content: dict[str, bytes]) -> None:
+        self._content = content
+
+    def get(self, key: str) -> bytes | None:
+        return self._content.get(key)
+
+
+def load(*, threads: int, crop_scale: float = 0.5, broken: tuple[int, ...] = ()) -> list[Batch]:
+    keys = [f"{number}.jpg" for number in range(40)]
+    content = {key: tiny.picture(number) for number, key in enumerate(keys)}
+    content |= {keys[number]: b"broken" for number in broken}
+    texts = [f"thing {number}" for number in range(40)]
+    samples = [Samples(np.arange(at, at + 12), (np.arange(at, at + 12) * 7) % 40) for at in range(0, 60, 12)]
+    return list(
+        load_batches(
+            samples,
+            keys=keys,
+            images=Store(content),
+            captions=captions(texts),
+            view=VIEW,
+            threads=threads,
+            seed=3,
+            crop_scale=crop_scale,
+        )
+    )
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_batches_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+    for one, other in zip(load(threads=1), load(threads=threads), strict=True):
+        assert torch.equal(one.pixels, other.pixels)
+        assert torch.equal(one.tokens.text_of, other.tokens.text_of)
+
+
+def test_an_image_that_cannot_be_decoded_is_left_out_and_named() -> None:
+    whole, holed = load(threads=2), load(threads=2, broken=(7, 14))
+    first = holed[0]
+    assert first.bad == (("7.jpg", "cannot identify image file"), ("14.jpg", "cannot identify image file")) or [
+        key for key, _ in first.bad
+    ] == [
+        "7.jpg",
+        "14.jpg",
+    ]
+    kept = [at for at in range(12) if at not in (1, 2)]
+    assert torch.equal(first.pixels, whole[0].pixels[kept])
+    assert len(first.tokens.text_of) == 10
+
+
+def test_without_random_crops_training_sees_the_evaluation_view() -> None:
+    first = load(threads=1, crop_scale=1.0)[0]
+    from job.data.pixels import decode, whole_view
+
+    assert torch.equal(first.pixels[3], whole_view(decode(tiny.picture(21)), VIEW))
+
+
+def test_closing_early_ends_the_threads(tmp_path: Path) -> None:
+    import threading
+
+    keys = [f"{number}.jpg" for number in range(40)]
+    images = Store({key: tiny.picture(number) for number, key in enumerate(keys)})
+    forever = (Samples(np.arange(12), np.arange(12)) for _ in iter(int, 1))
+    batches = load_batches(forever, keys=keys, images=images, captions=captions(keys), view=VIEW, threads=3, seed=0, crop_scale=1.0)
+    next(batches)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def test_decode_threads_leave_torchs_own_threads_alone() -> None:
+    before = torch.get_num_threads()
+    load(threads=2)
+    assert torch.get_num_threads() == before

@@ -1,0 +1,202 @@
+"""Towers, loss and step compute what open_clip computes, on fewer tokens."""
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import tiny
+import torch
+from open_clip.loss import ClipLoss
+
+from job.checkpoint.state import TrainState
+from job.data.batches import Batch
+from job.data.captions import Captions
+from job.model.build import ClipModel, prepare_towers
+from job.model.loss import batch_scores, clip_logits, clip_loss
+from job.model.optimizer import lr_at, make_optimizer, warmup_steps
+from job.model.step import count_nonfinite, train_step
+from job.model.towers import encode_images, encode_texts, lengths_of
+
+TEXTS = ["a dog", "a much longer caption, with many words in it", "a dog", "cat", "x " * 100]
+TEXT = tiny.CONFIG["text_cfg"]
+
+
+def tokens_of(clip: ClipModel, texts: list[str]) -> Any:
+    source = Captions(
+        texts, clip.tokenizer, lengths_of=lengths_of(clip.module), mode="whole", tag_separator="", template="{}", seed=0
+    )
+    return source.tokens(texts)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"quick_gelu": True},
+        {"custom_text": True},
+        {"custom_text": True, "text_cfg": {**TEXT, "no_causal_mask": True, "pool_type": "last"}},
+        {"text_cfg": {**TEXT, "pool_type": "eos", "eos_id": 49407}},
+        {"text_cfg": {**TEXT, "proj_bias": True}},
+    ],
+    ids=["clip", "quickgelu", "custom text", "not causal", "eos pooling", "projection with bias"],
+)
+def test_text_features_equal_open_clips_to_rounding(tmp_path: Path, changes: dict[str, Any]) -> None:
+    clip = tiny.make_clip(tmp_path, **changes)
+    module = clip.module.double().eval()
+    module.to(torch.float64)
+    found = tokens_of(clip, TEXTS)
+    with torch.no_grad():
+        ours = encode_texts(_double(module), found.groups)[found.text_of]
+        theirs = module.encode_text(clip.tokenizer(TEXTS), normalize=True)
+    assert (ours - theirs).abs().max() < 1e-6  # encode_texts returns float32
+
+
+def _double(module: Any) -> Any:
+    return module
+
+
+def test_a_causal_tower_is_cut_and_another_is_not(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    assert lengths_of(tiny.make_clip(tmp_path / "a").module) is not None
+    other = tiny.make_clip(tmp_path / "b", custom_text=True, text_cfg={**TEXT, "no_causal_mask": True, "pool_type": "last"})
+    assert lengths_of(other.module) is None
+
+
+def test_image_features_equal_open_clips(tmp_path: Path) -> None:
+    clip = tiny.make_clip(tmp_path)
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    mean, std = torch.tensor(open_clip.OPENAI_DATASET_MEAN), torch.tensor(open_clip.OPENAI_DATASET_STD)
+    normalised = (pixels.float() / 255 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    with torch.no_grad():
+        ours = encode_images(clip.module, pixels, shift=clip.shift, scale=clip.scale)
+        assert (ours - clip.module.encode_image(normalised, normalize=True)).abs().max() < 1e-5
+
+
+def test_loss_is_open_clips() -> None:
+    torch.manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(9, 5, dtype=torch.float64), dim=-1) for _ in range(2))
+    scale = torch.tensor(14.0, dtype=torch.float64)
+    assert torch.allclose(clip_loss(clip_logits(image, text, scale)), ClipLoss()(image, text, scale), atol=1e-12)
+
+
+def test_scores_count_equal_captions_as_right() -> None:
+    logits = torch.tensor([[1.0, 5.0, 0.0], [5.0, 1.0, 0.0], [0.0, 0.0, 5.0]])
+    image_to_text, text_to_image, probability = batch_scores(logits, torch.tensor([0, 0, 1]))
+    assert image_to_text == text_to_image == 1.0
+    assert batch_scores(logits, torch.tensor([0, 1, 2]))[0] == pytest.approx(1 / 3)
+    assert 0.9 < probability < 1.0
+
+
+def state_of(clip: ClipModel, **changes: Any) -> TrainState:
+    optimizer = make_optimizer(clip.module, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6)
+    return TrainState(clip.module, optimizer, None, **changes)
+
+
+def batch_of(clip: ClipModel, size: int = 6, *, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return Batch(pixels, tokens_of(clip, [f"thing {number % 5}" for number in range(size)]), ())
+
+
+def test_steps_follow_open_clips_model_loss_and_adamw(tmp_path: Path) -> None:
+    clip = tiny.make_clip(tmp_path)
+    peer = copy.deepcopy(clip.module)
+    decayed = [p for p in peer.parameters() if p.ndim >= 2]
+    plain = [p for p in peer.parameters() if p.ndim < 2]
+    adamw = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.98), eps=1e-6
+    )
+    state = state_of(clip)
+    for number in range(5):
+        batch = batch_of(clip, seed=number)
+        report = train_step(state, batch, clip=clip, lr=1e-3, grad_clip=1.0, autocast=None).read()
+        adamw.zero_grad()
+        texts = [f"thing {index % 5}" for index in range(6)]
+        image, text, scale = peer((batch.pixels - clip.shift) * clip.scale, clip.tokenizer(texts))
+        loss = ClipLoss()(image, text, scale)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        adamw.step()
+        assert report["loss"] == pytest.approx(loss.item(), abs=2e-5)
+    drift = max(
+        (ours - theirs).abs().max().item() for ours, theirs in zip(clip.module.parameters(), peer.parameters(), strict=True)
+    )
+    assert drift < 1e-4
+
+
+def test_a_gradient_that_is_not_finite_changes_only_the_position(tmp_path: Path) -> None:
+    clip = tiny.make_clip(tmp_path)
+    state = state_of(clip)
+    train_step(state, batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None)
+    before = copy.deepcopy({name: tensor.clone() for file in state.tensors().values() for name, tensor in file.items()})
+    hook = clip.module.visual.proj.register_hook(lambda gradient: gradient * float("nan"))
+    row = train_step(state, batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None).read()
+    hook.remove()
+    count_nonfinite(state, row)
+    assert row["gradient_norm"] is None
+    assert (state.step, state.nonfinite_steps, state.nonfinite_in_a_row) == (2, 1, 1)
+    for name, tensor in {n: t for file in state.tensors().values() for n, t in file.items()}.items():
+        assert torch.equal(tensor, before[name]), name
+    count_nonfinite(state, train_step(state, batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None).read())
+    assert (state.nonfinite_steps, state.nonfinite_in_a_row) == (1, 0)
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_batch_without_negatives_only_moves_the_position(tmp_path: Path, size: int) -> None:
+    clip = tiny.make_clip(tmp_path)
+    state = state_of(clip)
+    whole = batch_of(clip, 2)
+    batch = Batch(whole.pixels[:size], whole.tokens, (("a.jpg", "broken"),) * (2 - size))
+    row = train_step(state, batch, clip=clip, lr=1e-3, grad_clip=1.0, autocast=None).read()
+    assert row["loss"] is None
+    count_nonfinite(state, row)
+    assert (state.step, state.bad_samples, state.nonfinite_steps) == (1, 2 - size, 0)
+
+
+def test_logit_scale_never_passes_100(tmp_path: Path) -> None:
+    clip = tiny.make_clip(tmp_path)
+    with torch.no_grad():
+        clip.module.logit_scale.fill_(9.0)
+    row = train_step(state_of(clip), batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None).read()
+    assert row["logit_scale"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(("lock_image", "lock_text"), [(True, False), (False, True)])
+def test_a_locked_tower_keeps_its_weights(tmp_path: Path, lock_image: bool, lock_text: bool) -> None:
+    clip = tiny.make_clip(tmp_path)
+    prepare_towers(clip.module, lock_image=lock_image, lock_text=lock_text, grad_checkpointing=True)
+    before = {name: parameter.detach().clone() for name, parameter in clip.module.named_parameters()}
+    train_step(state_of(clip), batch_of(clip), clip=clip, lr=1e-2, grad_clip=1.0, autocast=None)
+    changed = {name for name, parameter in clip.module.named_parameters() if not torch.equal(parameter, before[name])}
+    image_changed = any(name.startswith("visual.") for name in changed)
+    text_changed = any(name.startswith(("transformer.", "token_embedding")) for name in changed)
+    assert (image_changed, text_changed) == (not lock_image, not lock_text)
+
+
+def test_gradient_checkpointing_changes_no_number(tmp_path: Path) -> None:
+    clip = tiny.make_clip(tmp_path)
+    other = ClipModel(copy.deepcopy(clip.module), clip.tokenizer, clip.view, clip.shift, clip.scale)
+    prepare_towers(other.module, lock_image=False, lock_text=False, grad_checkpointing=True)
+    rows = [train_step(state_of(c), batch_of(c), clip=c, lr=1e-3, grad_clip=1.0, autocast=None).read() for c in (clip, other)]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-6)
+    assert rows[0]["gradient_norm"] == pytest.approx(rows[1]["gradient_norm"], rel=1e-4)
+
+
+def test_one_dimensional_parameters_do_not_decay(tmp_path: Path) -> None:
+    clip = tiny.make_clip(tmp_path)
+    groups = make_optimizer(clip.module, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6).param_groups
+    for group in groups:
+        assert {parameter.ndim >= 2 for parameter in group["params"]} == {group["weight_decay"] > 0}
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    rates = [lr_at(step, peak=1.0, warmup=10, steps=100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[100] == pytest.approx(0.0, abs=1e-12)
+    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert (warmup_steps(-1, 100), warmup_steps(-1, 10**6), warmup_steps(7, 100)) == (10, 500, 7)
