@@ -10,9 +10,10 @@ from typing import Any
 import click
 
 import job
-from job.config import FIELDS, field_type, flag, merge, parse_value, resolve, type_name
+from job.config import FIELDS, field_type, flag, parse_value, type_name
 from job.errors import ConfigError
 from job.runtime.stop import StopSignal
+from job.settings import merge, resolve
 
 AnyFunction = Callable[..., Any]
 

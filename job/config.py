@@ -1,23 +1,17 @@
-"""The one configuration of a job: a frozen, flat record that flags, environment, TOML and config.json all fill.
+"""The one configuration of a job: a frozen, flat record. job/settings.py fills it from flags, environment, TOML and config.json.
 
 One name everywhere: ``--max-steps`` = ``CLIPJOB_MAX_STEPS`` = ``max_steps`` in TOML and config.json = ``Config.max_steps``.
 """
 
 import dataclasses
-import difflib
 import operator
-import os
 import re
-import tomllib
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from job.errors import ConfigError, ResumeError
+from job.errors import ConfigError
 
-ENVIRONMENT_PREFIX = "CLIPJOB_"
 AUTO = "auto"
 
 
@@ -233,111 +227,6 @@ def _parse_bool(value: Any) -> bool:
     if text in ("0", "false", "no", "off"):
         return False
     raise ValueError("expected true or false")
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
-def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The settings in CLIPJOB_* variables.
-
-    Raises: ConfigError for an unknown one, unless it is what a Kubernetes Service named clipjob… injects
-    (…_SERVICE_HOST, …_PORT and their kin).
-    """
-    settings = {}
-    for variable, text in environ.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX):
-            continue
-        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
-        if name in FIELDS:
-            settings[name] = parse_value(name, text, origin=variable)
-        elif not _injected_by_kubernetes(variable, text) and name != "config":
-            known = [ENVIRONMENT_PREFIX + known_name.upper() for known_name in FIELDS]
-            raise ConfigError(f"The environment variable {variable} is not a setting of clipjob.{_nearest(variable, known)}")
-    return settings
-
-
-def _injected_by_kubernetes(variable: str, text: str) -> bool:
-    return bool(re.search(r"_SERVICE_HOST$|_SERVICE_PORT|_PORT(_\d+_(TCP|UDP))?(_\w+)?$", variable)) or text.startswith("tcp://")
-
-
-def from_toml(path: str) -> dict[str, Any]:
-    """The settings in a TOML file, one flat table.
-
-    Raises: ConfigError when the file can't be read or parsed, or holds an unknown key.
-    """
-    try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"The config file {path} can't be read ({error.strerror}). Check --config.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The config file {path} is not valid TOML: {error}.") from None
-    return from_mapping(table, origin=path)
-
-
-def from_mapping(table: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
-    """Settings checked for unknown names and converted. Raises: ConfigError."""
-    for name in table:
-        if name not in FIELDS:
-            raise ConfigError(f"{origin}: '{name}' is not a setting of clipjob.{_nearest(str(name), list(FIELDS))}")
-    return {name: parse_value(name, value, origin=f"{origin}: {name}") for name, value in table.items()}
-
-
-def merge(*, flags: Mapping[str, Any], environ: Mapping[str, str], config_file: str = "") -> dict[str, Any]:
-    """What the user asked for: flags over environment over file. Local paths become absolute, so that a run can be
-    resumed from another folder."""
-    given = {**(from_toml(config_file) if config_file else {}), **from_environment(environ), **flags}
-    for name in ("run", "csv", "lmdb", "val_csv", "val_lmdb", "scratch", "init_from"):
-        if given.get(name) and "://" not in given[name]:
-            given[name] = os.path.abspath(os.path.expanduser(given[name]))
-    for name in ("model", "pretrained"):  # a name of open_clip, unless there is such a file
-        if given.get(name) and os.path.exists(given[name]):
-            given[name] = os.path.abspath(given[name])
-    return given
-
-
-def resolve(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, *, require_run: bool = True) -> Config:
-    """The job's Config: what was given, else what the run has stored, else defaults.
-
-    Args:
-        given: from `merge`.
-        stored: the settings in the run's config.json, with every `auto` resolved; None for a new run.
-    Raises:
-        ConfigError: a bad value, or a required one missing.
-        ResumeError: given contradicts stored in fields that may not change; every one is named with both values.
-    """
-    before = from_mapping(stored, origin="config.json") if stored else {}
-    wrong = [
-        f"{flag(name)} was {_shown(before[name])}, now {_shown(value)}"
-        for name, value in given.items()
-        if name in before and not FIELDS[name].metadata["may_change"] and not _agrees(value, before[name])
-    ]
-    if wrong:
-        free = ", ".join(flag(name) for name, spec in FIELDS.items() if spec.metadata["may_change"])
-        raise ResumeError(
-            f"The run {given.get('run', '')} was started with other settings: {'; '.join(wrong)}. Leave these out to go on with "
-            "the run's own, or choose another --run (with --init-from to start from this one's weights). "
-            f"A restart may change: {free}."
-        )
-    adopted = {name: value for name, value in given.items() if name not in before or FIELDS[name].metadata["may_change"]}
-    config = Config(**{**before, **adopted})
-    missing = [flag(name) for name in ("run", "csv", "lmdb")[0 if require_run else 1 :] if not getattr(config, name)]
-    if missing:
-        raise ConfigError(f"Missing {' and '.join(missing)}. A job needs a CSV, an LMDB and the folder or URI of its run.")
-    return config
-
-
-def _agrees(given: Any, stored: Any) -> bool:
-    """`auto`, or the 0 that means it, agrees with what it was resolved to; a file may have moved to another folder."""
-    if isinstance(given, str) and os.path.isabs(given) and os.path.isabs(stored):
-        return bool(os.path.basename(given) == os.path.basename(stored))
-    return given == stored or given in (AUTO, Interval(AUTO)) or (given == 0 and isinstance(stored, int) and stored > 0)
-
-
-def _shown(value: Any) -> str:
-    return repr(value) if isinstance(value, str) else str(value)
 
 
 def type_name(name: str) -> str:

@@ -124,8 +124,8 @@ def retrieval_scores(image_ID: Tensor, text_TD: Tensor, pairs_P2: Tensor, *, log
         image_ID, text_TD: unit features.
         pairs_P2: int64 (image, text) that belong together; an image may have several texts and the reverse.
     """
-    texts = pairs_P2[:, 1].unique()  # those left when images could not be decoded
-    pairs_P2 = torch.stack([pairs_P2[:, 0], torch.searchsorted(texts, pairs_P2[:, 1])], dim=1)
+    texts, text_P = pairs_P2[:, 1].unique(return_inverse=True)  # those left when images could not be decoded
+    pairs_P2 = torch.stack([pairs_P2[:, 0], text_P], dim=1)
     text_TD = text_TD[texts]
     scores: dict[str, float] = {}
     ranks, probability = _ranks(image_ID, text_TD, pairs_P2, logit_scale=logit_scale)
