@@ -1,0 +1,60 @@
+# `make demo` and `make test` set up all that they need, in .venv, from the hash-checked lists in requirements/.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TEST_FLAGS ?=
+
+.PHONY: help demo test storm lint format bench docs lock clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(VENV)/run  ## Train a small model on 2465 real images, in about two minutes
+	$(BIN)/clipjob demo
+
+test: $(VENV)/dev  ## Run all tests
+	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+storm: $(VENV)/dev  ## The kill storm with 200 SIGKILLs
+	$(BIN)/python -m pytest tests/test_kill_storm.py --kills 200 --timeout 7200
+
+lint: $(VENV)/dev  ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev  ## Bring the code into the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev  ## All benchmarks, tables to benchmarks/results
+	$(BIN)/python -m benchmarks.pipeline --out benchmarks/results/pipeline.md
+	$(BIN)/python -m benchmarks.scale --out benchmarks/results/scale.md
+	$(BIN)/python -m benchmarks.demo --out benchmarks/results/demo.md
+
+docs: $(VENV)/run  ## Write docs/configuration.md anew from the code
+	$(BIN)/python docs/configuration.py > docs/configuration.md
+
+lock:  ## Resolve all dependencies anew (needs uv)
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade --generate-hashes \
+		--no-header --no-annotate --no-emit-index-url --no-emit-find-links -q -o requirements/dev.txt
+	uv pip compile pyproject.toml --extra hf --universal --python-version 3.11 --upgrade --generate-hashes \
+		--no-header --no-annotate --no-emit-index-url --no-emit-find-links -q -c requirements/dev.txt -o requirements/run.txt
+
+clean:  ## Remove the environment and all caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipjob needs Python 3.11 or newer; name one with make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run: requirements/run.txt pyproject.toml | $(VENV)/bin/python
+	@echo "Installing torch, open_clip and their kin (about 3 GB to fetch, once) …"
+	$(PIP) install --progress-bar on --require-hashes -r requirements/run.txt
+	$(PIP) install --no-deps -e .
+	touch $@
+
+$(VENV)/dev: requirements/dev.txt $(VENV)/run
+	$(PIP) install --progress-bar on --require-hashes -r requirements/dev.txt
+	touch $@
