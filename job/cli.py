@@ -195,11 +195,14 @@ def _train(stop: StopSignal, given: dict[str, Any]) -> int:
     result = store.result()
     if result is None:
         stop.check("starting")
+        if sys.stderr.isatty():
+            sys.stderr.write(f"{'Going on with' if stored else 'Starting'} the run {config.run} …\n")
         from job.train import Outcome, train
 
         stop.check("importing")
         if train(config, store=store, stop=stop) is Outcome.STOPPED:
-            sys.stderr.write(f"clipjob: {stop.name}: saved. Run the same command to go on.\n")
+            step = store.commits()[0].step
+            sys.stderr.write(f"clipjob: {stop.name}: saved at step {step}. Run the same command to go on.\n")
             return 75
         result = store.result()
     else:

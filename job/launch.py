@@ -29,8 +29,13 @@ def run_command(arguments: list[str], stop: StopSignal) -> int:
     try:
         code = cli.main(args=arguments, prog_name="clipjob", standalone_mode=False, obj=stop)
         return code if isinstance(code, int) else 0
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return 2
+    except click.ClickException as error:
+        command = f"clipjob {arguments[0]}" if arguments[0] in cli.commands else "clipjob"
+        message = error.format_message()
+        _tell(f"{message}{'' if message.endswith(('.', '?', ')')) else '.'} See `{command} --help`.")
         return 2
     except (click.Abort, KeyboardInterrupt):
         _tell("stopped")

@@ -14,9 +14,11 @@ from job.errors import ConfigError, ResumeError
 ENVIRONMENT_PREFIX = "CLIPJOB_"
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]}?" if close else ""
+def _nearest(name: str, *, prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, list(FIELDS), n=1, cutoff=0.5)
+    if not close:
+        return "Remove it, or find the right name in `clipjob train --help`."
+    return f"Did you mean {prefix}{close[0].upper() if prefix else close[0]}?"
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -33,8 +35,8 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         if name in FIELDS:
             settings[name] = parse_value(name, text, origin=variable)
         elif not _injected_by_kubernetes(variable, text) and name != "config":
-            known = [ENVIRONMENT_PREFIX + known_name.upper() for known_name in FIELDS]
-            raise ConfigError(f"The environment variable {variable} is not a setting of clipjob.{_nearest(variable, known)}")
+            nearest = _nearest(name, prefix=ENVIRONMENT_PREFIX)
+            raise ConfigError(f"The environment variable {variable} is not a setting of clipjob. {nearest}")
     return settings
 
 
@@ -50,17 +52,23 @@ def from_toml(path: str) -> dict[str, Any]:
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"The config file {path} can't be read ({error.strerror}). Check --config.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The config file {path} is not valid TOML: {error}.") from None
+        raise ConfigError(f"The config file {path} can't be read ({error.strerror}). Check --config or CLIPJOB_CONFIG.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"The config file {path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"The config file {path} is not valid TOML: {error}. Mend that line; text stands in quotes.") from None
     return from_mapping(table, origin=path)
 
 
 def from_mapping(table: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
     """Settings checked for unknown names and converted. Raises: ConfigError."""
     for name in table:
+        if name not in FIELDS and isinstance(table[name], dict):
+            raise ConfigError(f"{origin} has a section [{name}], and settings stand in no section. Remove that line.")
         if name not in FIELDS:
-            raise ConfigError(f"{origin}: '{name}' is not a setting of clipjob.{_nearest(str(name), list(FIELDS))}")
+            raise ConfigError(f"{origin}: '{name}' is not a setting of clipjob. {_nearest(str(name))}")
     return {name: parse_value(name, value, origin=f"{origin}: {name}") for name, value in table.items()}
 
 

@@ -23,7 +23,7 @@ from job.data.check import check_data, quick_check
 from job.data.check_report import Report
 from job.data.dataset import Dataset, make_dataset
 from job.data.images import open_images
-from job.data.manifest import read_manifest
+from job.data.manifest import Manifest, read_manifest
 from job.data.pixels import decode
 from job.data.staging import stage_file, stage_lmdb
 from job.errors import ConfigError, DataError, ResumeError, StorageError, TrainingError
@@ -71,7 +71,7 @@ def read_data(config: Config, *, check: bool = True) -> tuple[Config, Dataset]:
     images = open_images(stage_lmdb(config.lmdb, staged, flag="--lmdb"))
     val_manifest = val_images = None
     if config.val_csv:
-        val_manifest = read_manifest(stage_file(config.val_csv, staged, flag="--val-csv"), key_prefix=config.key_prefix)
+        val_manifest = _read_held_out(stage_file(config.val_csv, staged, flag="--val-csv"), like=manifest, config=config)
     if config.val_lmdb:
         val_images = open_images(stage_lmdb(config.val_lmdb, staged, flag="--val-lmdb"))
     dataset = make_dataset(manifest, images, val_manifest=val_manifest, val_images=val_images, val_fraction=config.val_fraction)
@@ -83,10 +83,13 @@ def read_data(config: Config, *, check: bool = True) -> tuple[Config, Dataset]:
             log.warning(problem.text)
         if val_manifest is not None:
             rows = dataset.held_out_rows
-            for problem in quick_check(
-                val_manifest, dataset.held_out_images, training=rows, global_batch_size=1, max_bad_samples=limit
-            ):
-                log.warning("--val-csv: %s", problem.text)
+            try:
+                for problem in quick_check(
+                    val_manifest, dataset.held_out_images, training=rows, global_batch_size=1, max_bad_samples=limit
+                ):
+                    log.warning("--val-csv: %s", problem.text)
+            except DataError as error:
+                raise DataError(f"--val-csv {config.val_csv}: {error}") from None
     separator = config.tag_separator
     if separator == AUTO and config.caption_mode == "sample":
         spread = np.linspace(0, len(manifest) - 1, num=min(len(manifest), 1000), dtype=np.int64)
@@ -108,6 +111,20 @@ def read_data(config: Config, *, check: bool = True) -> tuple[Config, Dataset]:
         },
     )
     return replace(config, tag_separator=separator, **found), dataset
+
+
+def _read_held_out(path: Path, *, like: Manifest, config: Config) -> Manifest:
+    """The CSV of held-out pairs: with the training CSV's columns and separator if it has them, else with its own."""
+    try:
+        return read_manifest(
+            path,
+            separator=like.separator,
+            image_column=like.image_column,
+            caption_column=like.caption_column,
+            key_prefix=config.key_prefix,
+        )
+    except DataError:
+        return read_manifest(path, key_prefix=config.key_prefix)
 
 
 def find_base(config: Config, store: RunStore, scratch: Path) -> tuple[Path, bool]:

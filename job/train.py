@@ -45,7 +45,7 @@ from job.start import compare_with_run, describe_attempt, empty_scratch, find_ba
 
 log = logging.getLogger(__name__)
 
-Evaluate = Callable[[], dict[str, float] | None]
+Evaluate = Callable[[Callable[[int, int], None]], dict[str, float] | None]
 
 
 class Outcome(enum.Enum):
@@ -142,7 +142,7 @@ def run_steps(
         while True:
             last = state.step == steps
             due = state.step == 0 or last or due_at_step(config.evaluate_every, state.step, steps_per_epoch=steps_per_epoch)
-            metrics = evaluate() if evaluate and due and state.evaluated_step != state.step else None
+            metrics = evaluate(progress.evaluating) if evaluate and due and state.evaluated_step != state.step else None
             best = False
             if metrics is not None:
                 best = state.take_metrics(metrics)
@@ -231,7 +231,7 @@ def evaluation(config: Config, dataset: Dataset, clip: ClipModel, stop: StopSign
     rows = [int(row) for row in dataset.held_out_rows]
     held_out = group_pairs((dataset.held_out.keys[row], captions.choices(row)) for row in rows)
 
-    def evaluate() -> dict[str, float] | None:
+    def evaluate(progress: Callable[[int, int], None]) -> dict[str, float] | None:
         return evaluate_retrieval(
             clip,
             held_out,
@@ -241,6 +241,7 @@ def evaluation(config: Config, dataset: Dataset, clip: ClipModel, stop: StopSign
             threads=decode_threads(config.threads),
             autocast=autocast_dtype(config.precision),
             stopping=lambda: stop.requested,
+            progress=progress,
         )
 
     return evaluate

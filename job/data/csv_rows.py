@@ -61,9 +61,9 @@ def _opened(path: Path) -> IO[bytes]:
     try:
         return path.open("rb")
     except IsADirectoryError:
-        raise DataError(f"{path} is a folder, and a CSV file is needed. Name the file inside it (--csv).") from None
+        raise DataError(f"{path} is a folder, and a CSV file is needed. Name the file inside it.") from None
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"There is no file {path}. Check --csv; in a container, check that its folder is mounted.") from None
+        raise DataError(f"There is no file {path}. Check the path; in a container, check that its folder is mounted.") from None
     except PermissionError:
         raise AccessError(f"{path} may not be read by this user (id {os.getuid()}). Check the file's permissions.") from None
 

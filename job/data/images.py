@@ -110,7 +110,7 @@ def open_images(path: Path) -> Images:
                 "(If it was never copied, rewrite it with: mdb_copy -c.)"
             )
         if environment.stat()["entries"] == 0:
-            raise DataError(f"The LMDB {path} is empty. Fill it with clipjob pack, or check --lmdb.")
+            raise DataError(f"The LMDB {path} is empty. Fill it with clipjob pack, or check the path.")
         return Images(path, file, environment)
     except BaseException:
         _release(environment)
@@ -125,14 +125,14 @@ def _find_file(path: Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         if path.is_dir():
             found = ", ".join(sorted(os.listdir(path))[:5]) or "nothing"
-            raise DataError(f"The folder {path} holds no data.mdb, so it is no LMDB. It holds {found}. Check --lmdb.") from None
+            raise DataError(f"The folder {path} holds no data.mdb, so it is no LMDB. It holds {found}. Check the path.") from None
         if path.with_name(path.name + ".partial").exists():
             raise DataError(
                 f"{path} is only partly packed ({path.name}.partial). Run the same clipjob pack again to finish it."
             ) from None
-        raise DataError(f"There is no LMDB {path}. Check --lmdb; in a container, check that its folder is mounted.") from None
+        raise DataError(f"There is no LMDB {path}. Check the path; in a container, check that its folder is mounted.") from None
     except IsADirectoryError:
-        raise DataError(f"{file} is a folder, and an LMDB's data file is needed. Check --lmdb.") from None
+        raise DataError(f"{file} is a folder, and an LMDB's data file is needed. Check the path.") from None
     except PermissionError:
         raise AccessError(f"{file} may not be read by this user (id {os.getuid()}). Check the file's permissions.") from None
     if len(start) < 24:
@@ -165,7 +165,7 @@ def _open_environment(path: Path, file: Path) -> Any:
             f"The LMDB {path} was written by an incompatible version of LMDB or a 32-bit system. Pack it again."
         ) from None
     except lmdb.InvalidError:
-        raise DataError(f"{file} is no LMDB. Check --lmdb; clipjob pack makes one from a folder of images.") from None
+        raise DataError(f"{file} is no LMDB. Check the path; clipjob pack makes one from a folder of images.") from None
     except lmdb.Error as error:
         raise DataError(
             f"The LMDB {path} can't be opened ({error}). Check that it was copied whole and that no other program writes it."

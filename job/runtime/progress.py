@@ -11,6 +11,8 @@ from job.config import Interval
 
 log = logging.getLogger(__name__)
 
+LIVE_LINE = "step {n}/{total} |{bar:12}| {elapsed} + {remaining}{postfix}"
+
 
 class Progress:
     """Shows steps as they are read. Close it: it owns the live line."""
@@ -27,7 +29,7 @@ class Progress:
         self._waited = 0.0
         self._bar: Any = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr, smoothing=0.1)
+            self._bar = tqdm(total=steps, initial=done, dynamic_ncols=True, file=sys.stderr, smoothing=0.1, bar_format=LIVE_LINE)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -59,10 +61,23 @@ class Progress:
             )
             self._last_time, self._last_step, self._samples, self._waited = time.monotonic(), row["step"], 0, 0.0
 
+    def evaluating(self, done: int, total: int) -> None:
+        """So many of the held-out images and texts have been encoded."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"evaluating {done / total:.0%}")
+
     def evaluated(self, step: int, metrics: dict[str, float], *, best: bool) -> None:
         """Held-out metrics of a step."""
-        self._recall = f", recall@5 {metrics.get('image_retrieval_recall@5', 0):.3f}"
-        log.info("evaluated", extra={"step": step, **metrics, "best": best})
+        if not metrics:
+            log.warning("no held-out image could be decoded, so nothing was evaluated", extra={"step": step})
+            return
+        both_ways = f"{metrics['image_retrieval_recall@5']:.3f}/{metrics['text_retrieval_recall@5']:.3f}"
+        self._recall = f", recall@5 {both_ways}"
+        if self._bar is not None:
+            note = ", the best so far" if best else ""
+            log.info("step %d: held-out recall@5 %s (text -> image / image -> text)%s", step, both_ways, note)
+        else:
+            log.info("evaluated", extra={"step": step, **metrics, "best": best})
 
     def saved(self, step: int, seconds: float) -> None:
         """A checkpoint that is durable now."""

@@ -1,0 +1,265 @@
+"""Signals, schedule, history, log, device, and the background writer."""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from job.checkpoint.state import FACTS, OPTIMIZER, WEIGHTS, TrainState
+from job.checkpoint.store import RunStore
+from job.checkpoint.writer import CheckpointWriter
+from job.config import Interval
+from job.errors import ConfigError, DeviceError, Stopped, StorageError
+from job.model.build import load_base
+from job.model.optimizer import make_optimizer
+from job.runtime.device import choose_device, choose_precision, decode_threads
+from job.runtime.history import History
+from job.runtime.log import JsonLines, ShortLines
+from job.runtime.schedule import CheckpointClock, due_at_step
+from job.runtime.stop import STOP_SIGNALS, StopSignal
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_each_stop_signal_sets_the_flag_and_nothing_else(number: signal.Signals) -> None:
+    before = [signal.getsignal(one) for one in STOP_SIGNALS]
+    stop = StopSignal()
+    try:
+        stop.install()
+        stop.check("nothing")
+        signal.raise_signal(number)
+        signal.raise_signal(signal.SIGTERM)
+        assert (stop.requested, stop.name) == (True, number.name)
+        with pytest.raises(Stopped, match=f"{number.name} arrived while reading"):
+            stop.check("reading")
+    finally:
+        for one, handler in zip(STOP_SIGNALS, before, strict=True):
+            signal.signal(one, handler)
+
+
+def test_handler_is_there_before_anything_heavy_is_imported() -> None:
+    code = (
+        "import signal, sys\n"
+        "import job.launch as launch\n"
+        "def look(arguments, stop):\n"
+        "    heavy = [name for name in ('torch', 'pandas', 'click', 'fsspec') if name in sys.modules]\n"
+        "    print(signal.getsignal(signal.SIGTERM).__qualname__, heavy)\n"
+        "    return 0\n"
+        "launch.run_command = look\n"
+        "sys.argv = ['clipjob', 'train']\n"
+        "launch.main()"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "StopSignal._handle []"
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps_per_epoch", "due"),
+    [
+        ("10", 7.0, [10, 20, 30]),
+        ("1ep", 10.0, [10, 20, 30]),
+        ("1ep", 7.5, [8, 15, 23, 30]),
+        ("0.5ep", 10.0, [5, 10, 15, 20, 25, 30]),
+        ("auto", 10.0, [10, 20, 30]),
+        ("0", 10.0, []),
+        ("2ep", 0.5, list(range(1, 31))),
+    ],
+)
+def test_steps_at_which_an_interval_is_due(interval: str, steps_per_epoch: float, due: list[int]) -> None:
+    parsed = Interval.parse(interval)
+    assert [step for step in range(31) if due_at_step(parsed, step, steps_per_epoch=steps_per_epoch)] == due
+
+
+def test_auto_saves_more_rarely_when_saving_costs_more_but_never_beyond_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    clock = CheckpointClock(Interval("auto"), steps_per_epoch=10)
+    assert not clock.due(3)
+    now += 16
+    assert clock.due(3)
+    clock.saved(stall_seconds=0.2, upload_seconds=12.0)  # 0.2 s of stall: 40 s at 0.5 %; 12 s of upload: 120 s at 10 %
+    now += 119
+    assert not clock.due(4)
+    now += 2
+    assert clock.due(4)
+    clock.saved(stall_seconds=60.0, upload_seconds=900.0)
+    now += 599
+    assert not clock.due(5)
+    now += 2
+    assert clock.due(5)
+
+
+class Report:
+    def __init__(self, step: int, read: list[int]) -> None:
+        self._step, self._read = step, read
+
+    def read(self) -> dict[str, Any]:
+        self._read.append(self._step)
+        return {"step": self._step, "loss": None if self._step == 2 else 1.5}
+
+
+def test_history_reads_a_step_after_the_next_was_queued() -> None:
+    read: list[int] = []
+    history = History(lambda _row: None)
+    history.add(Report(1, read), seconds=0.5)
+    assert read == []
+    history.add(Report(2, read), seconds=0.5)
+    assert read == [1]
+    rows = [json.loads(line) for line in history.to_bytes().splitlines()]
+    assert read == [1, 2]
+    assert [(row["step"], row["loss"], row["seconds"]) for row in rows] == [(1, 1.5, 0.5), (2, None, 0.5)]
+
+
+def record(**extra: Any) -> logging.LogRecord:
+    return logging.makeLogRecord({"msg": "step", "levelname": "INFO", "levelno": logging.INFO, **extra})
+
+
+def test_log_lines_are_json_with_their_fields() -> None:
+    line = json.loads(JsonLines().format(record(step=3, loss=0.25, path=Path("/x"))))
+    assert (line["event"], line["level"], line["step"], line["loss"], line["path"]) == ("step", "info", 3, 0.25, "/x")
+
+
+def test_a_terminal_gets_short_lines() -> None:
+    assert ShortLines().format(record(step=3, loss=0.123456)) == "step (step 3, loss 0.1235)"
+
+
+def test_a_gpu_asked_for_and_absent_is_an_error() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    for name in ("cuda", "cuda:3"):
+        with pytest.raises(DeviceError, match=f"--device {name} can't be used"):
+            choose_device(name)
+    assert choose_device("auto").type in ("cpu", "mps")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:1", "cuda:", ""])
+def test_a_device_that_does_not_exist_is_a_bad_flag(name: str) -> None:
+    if name == "cuda:" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises((ConfigError, DeviceError)):
+        choose_device(name)
+
+
+def test_precision_and_threads() -> None:
+    cpu = torch.device("cpu")
+    assert choose_precision("auto", cpu) in ("fp32", "bf16")
+    assert choose_precision("fp32", cpu) == "fp32"
+    with pytest.raises(DeviceError, match="fp16 needs a GPU"):
+        choose_precision("fp16", cpu)
+    assert decode_threads(3) == 3
+    assert 1 <= decode_threads(0) <= 16
+
+
+def trained_state(folder: Path) -> TrainState:
+    clip = tiny.make_clip(folder)
+    state = TrainState(clip.module, make_optimizer(clip.module, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6), None)
+    for parameter in clip.module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    state.optimizer.step()
+    state.step, state.seconds = 7, 12.5
+    assert state.take_metrics({"mean_recall": 0.25})
+    return state
+
+
+def test_a_saved_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    state = trained_state(tmp_path)
+    store = RunStore(str(tmp_path / "run"))
+    store.create_config({"format": 1, "config": {}})
+    store.claim({})
+    writer = CheckpointWriter(store, scratch=tmp_path, keep=2, keep_every=0)
+    writer.save(state, b'{"kind": "step", "step": 7}\n', info={"evaluated": True})
+    with torch.no_grad():  # training goes on at once, and must not reach into the copy
+        expected = {name: tensor.clone() for file in state.tensors().values() for name, tensor in file.items()}
+        for parameter in state.model.parameters():
+            parameter.zero_()
+    writer.wait()
+    found = RunStore(str(tmp_path / "run")).restore(tmp_path / "restored")
+    assert found is not None
+    clip = load_base(tmp_path / "base", weights=found.folder / WEIGHTS)
+    again = TrainState(clip.module, make_optimizer(clip.module, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6), None)
+    again.restore({name: found.folder / name for name in (OPTIMIZER, FACTS)})
+    assert again.facts() == state.facts()
+    tensors = {name: tensor for file in again.tensors().values() for name, tensor in file.items()}
+    assert set(tensors) == set(expected)
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_only_better_metrics_become_the_best(tmp_path: Path) -> None:
+    state = trained_state(tmp_path)
+    state.step = 8
+    assert not state.take_metrics({"mean_recall": 0.25})
+    assert (state.best_step, state.evaluated_step) == (7, 8)
+    state.step = 9
+    assert state.take_metrics({"mean_recall": 0.26})
+    assert (state.best_step, state.best) == (9, {"mean_recall": 0.26})
+
+
+class SlowStore:
+    """Stands where a store would be slow or fail."""
+
+    def __init__(self, folder: Path, *, failure: Exception | None = None) -> None:
+        self.entered, self.go_on, self.saved, self.failure, self.folder = threading.Event(), threading.Event(), [], failure, folder
+
+    def workspace(self, step: int, scratch: Path) -> Path:
+        folder = self.folder / f"{step}-{len(self.saved)}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def write_history(self, lines: bytes) -> None:
+        self.entered.set()
+        assert self.go_on.wait(10)
+
+    def save(self, step: int, files: dict[str, Path], *, info: dict[str, Any]) -> None:
+        if self.failure:
+            raise self.failure
+        self.saved.append(step)
+
+    def prune(self, **_: Any) -> None:
+        pass
+
+
+def test_a_save_that_is_being_uploaded_is_awaited_at_a_signal(tmp_path: Path) -> None:
+    state, store = trained_state(tmp_path), SlowStore(tmp_path)
+    writer = CheckpointWriter(store, scratch=tmp_path, keep=2, keep_every=0)  # type: ignore[arg-type]
+    writer.save(state, b"", info={})
+    assert writer.busy
+    assert store.entered.wait(10)
+    threading.Timer(0.2, store.go_on.set).start()
+    writer.abandon_or_wait()
+    assert store.saved == [7]
+    assert writer.last_step == 7
+
+
+def test_an_abandoned_save_does_not_count_as_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, store = trained_state(tmp_path), SlowStore(tmp_path)
+    writing = threading.Event()
+
+    def write_slowly(*_: Any) -> dict[str, Path]:
+        assert writing.wait(10)
+        return {}
+
+    monkeypatch.setattr("job.checkpoint.writer.write_files", write_slowly)
+    writer = CheckpointWriter(store, scratch=tmp_path, keep=2, keep_every=0)  # type: ignore[arg-type]
+    writer.save(state, b"", info={})
+    threading.Timer(0.2, writing.set).start()
+    writer.abandon_or_wait()
+    assert store.saved == []
+    assert writer.last_step == -1
+
+
+def test_a_failed_save_is_raised_in_the_training_thread(tmp_path: Path) -> None:
+    state, store = trained_state(tmp_path), SlowStore(tmp_path, failure=StorageError("the disk is full"))
+    store.go_on.set()
+    writer = CheckpointWriter(store, scratch=tmp_path, keep=2, keep_every=0)  # type: ignore[arg-type]
+    writer.save(state, b"", info={})
+    with pytest.raises(StorageError, match="full"):
+        writer.wait()
+    writer.close()
