@@ -13,7 +13,7 @@ import job
 from job.config import FIELDS, field_type, flag, parse_value, type_name
 from job.errors import ConfigError
 from job.runtime.stop import StopSignal
-from job.settings import merge, resolve
+from job.settings import merge, resolve, settings_of
 
 AnyFunction = Callable[..., Any]
 
@@ -103,10 +103,18 @@ def check(config_file: str, all_images: bool, as_json: bool, **flags: Any) -> in
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the images of a CSV lie. [default: beside the CSV]")
 @click.option("--csv", "csv_output", type=click.Path(path_type=Path), help="Also write a CSV of what was packed.")
-@click.option("--resize", default=0, metavar="PIXELS", help="Re-encode larger images to this short side, such as 256.")
-@click.option("--quality", default=90, show_default=True, help="JPEG quality of re-encoded images.")
-@click.option("--threads", default=0, help="Threads that read and re-encode. [default: one per core]")
-@click.option("--max-bad-samples", default=0.01, show_default=True, help="Highest share of files that may be no images.")
+@click.option(
+    "--resize", type=click.IntRange(0), default=0, metavar="PIXELS", help="Re-encode larger images to this short side, such as 256."
+)
+@click.option("--quality", type=click.IntRange(1, 100), default=85, show_default=True, help="JPEG quality of re-encoded images.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Threads that read and re-encode. [default: one per core]")
+@click.option(
+    "--max-bad-samples",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    help="Highest share of files that may be no images.",
+)
 @click.option("--csv-separator", "separator", default="auto", show_default=True)
 @click.option("--image-column", default="auto", show_default=True)
 @click.option("--caption-column", default="auto", show_default=True)
@@ -147,11 +155,13 @@ def fetch(tag: str, folder: Path, model: str) -> int:
     """Download pretrained weights into FOLDER, for machines without a network: give it to them as --pretrained FOLDER."""
     from job.model.build import write_base
     from job.runtime.log import set_up_logging
+    from job.storage.files import explained
 
     set_up_logging()
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty. Choose another folder.")
-    write_base(folder, model=model, pretrained=tag, seed=0)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not an empty folder. Choose another one.")
+    with explained(str(folder), "writing", writing=True):
+        write_base(folder, model=model, pretrained=tag, seed=0)
     click.echo(f"{model} with {tag} is in {folder}. Use it with: --model {model} --pretrained {folder}")
     return 0
 
@@ -164,8 +174,12 @@ def rm(run: str, yes: bool) -> int:
     from job.checkpoint.store import remove_run
 
     uri = _local_or_uri(run)
-    if not yes:
-        click.confirm(f"Remove {uri} with all its checkpoints and exported models?", abort=True)
+    try:
+        sure = yes or click.confirm(f"Remove {uri} with all its checkpoints and exported models?")
+    except click.Abort:  # nobody is there to answer
+        sure = False
+    if not sure:
+        raise ConfigError(f"{uri} was not removed. Answer y, or give --yes.")
     remove_run(uri)
     click.echo(f"Removed {uri}.")
     return 0
@@ -191,7 +205,7 @@ def _train(stop: StopSignal, given: dict[str, Any]) -> int:
         raise ConfigError("Missing --run: the folder or URI of this run, the same for every attempt.")
     store = RunStore(given["run"])
     stored = store.load_config()
-    config = resolve(given, stored["config"] if stored else None)
+    config = resolve(given, settings_of(stored))
     result = store.result()
     if result is None:
         stop.check("starting")

@@ -110,7 +110,7 @@ class Config:
     device: str = option(AUTO, "auto, cuda, cuda:N, mps or cpu; a device asked for and absent ends the job.", may_change=True)
 
     # Learning
-    epochs: float = option(10.0, "Passes over the training rows.", above=0)
+    epochs: float = option(10.0, "Passes over the training rows.", above=0, at_most=1e6)
     max_steps: int = option(0, "Steps in all; wins over --epochs. 0: as many as --epochs needs.", at_least=0)
     global_batch_size: int = option(256, "Pairs per step, over all devices.", at_least=2)
     lr: float = option(1e-5, "Peak learning rate.", above=0)
@@ -149,6 +149,8 @@ class Config:
             raise ConfigError(
                 f'--template must contain {{}} where the caption goes, such as "a photo of {{}}"; found "{self.template}".'
             )
+        if not self.tag_separator:
+            raise ConfigError("--tag-separator must be auto or what stands between two tags, such as a comma; found nothing.")
         if self.evaluate_every.kind == "seconds":
             raise ConfigError(
                 f"--evaluate-every must be counted in steps or epochs (200, 1ep); found {self.evaluate_every}. "

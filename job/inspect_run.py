@@ -8,6 +8,7 @@ from job.checkpoint.commit import Commit, Rejection
 from job.checkpoint.store import RunStore
 from job.checkpoint.transfer import receive
 from job.errors import ConfigError
+from job.settings import settings_of
 from job.storage import files
 
 
@@ -20,7 +21,7 @@ def inspect_run(uri: str, *, verify: bool) -> dict[str, Any]:
     store = RunStore(uri)
     stored = store.load_config()
     if stored is None:
-        raise ConfigError(f"{files.shown(uri)} is not a run: it has no config.json.")
+        raise ConfigError(f"{files.shown(uri)} is not a run: it has no config.json. Give the folder or URI that was --run.")
     result = store.result()
     checkpoints = []
     for commit in store.commits():
@@ -36,7 +37,7 @@ def inspect_run(uri: str, *, verify: bool) -> dict[str, Any]:
         "result": result,
         "checkpoints": checkpoints,
         "attempts": store.attempts(),
-        "config": stored["config"],
+        "config": settings_of(stored),
         "data": stored["data"],
     }
 

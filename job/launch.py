@@ -1,6 +1,7 @@
 """From the command line to the process's exit code. Nothing heavy is imported before the signal handler is installed."""
 
 import sys
+import traceback
 from typing import NoReturn
 
 from job.errors import JobError
@@ -14,10 +15,17 @@ _DISK_FULL = {28: "the disk is full", 122: "the disk quota is used up"}  # ENOSP
 
 def main() -> NoReturn:
     """Runs the command in sys.argv; ends the process with the exit code that errors.py documents."""
-    stop = StopSignal()
-    if len(sys.argv) > 1 and sys.argv[1] in STOPPABLE:
+    stop, stoppable = StopSignal(), len(sys.argv) > 1 and sys.argv[1] in STOPPABLE
+    if stoppable:
         stop.install()
-    sys.exit(run_command(sys.argv[1:], stop))
+    try:
+        code = run_command(sys.argv[1:], stop)
+    except Exception:  # noqa: BLE001  a bug of ours; Python's own code for it, 1, says nothing to a scheduler
+        traceback.print_exc()
+        code = 70
+    if stoppable:
+        stop.ignore()
+    sys.exit(code)
 
 
 def run_command(arguments: list[str], stop: StopSignal) -> int:

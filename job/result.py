@@ -18,8 +18,11 @@ def result_table(result: dict[str, Any]) -> str:
     lines = []
     before, after = result["before"], result["after"]
     if after:
-        lines.append(f"{'held-out images':<34}{'before':>8}    {'after':>8}")
-        lines += [f"{words:<34}{before.get(name, 0):>8.3f} -> {after[name]:>8.3f}" for name, words in ROWS.items() if name in after]
+        best = result["best"] if result["best_step"] not in (None, result["step"]) else {}
+        lines.append(f"{'held-out images':<34}{'before':>8}    {'after':>8}" + (f"    {'best':>8}" if best else ""))
+        for name, words in ROWS.items():
+            shown = f"    {best[name]:>8.3f}" if best else ""
+            lines.append(f"{words:<34}{before.get(name, 0):>8.3f} -> {after[name]:>8.3f}{shown}")
         lines.append("")
     rate = f", {result['samples_per_second']:.0f} samples/s" if result["samples_per_second"] else ""
     attempts = "1 attempt" if result["attempts"] == 1 else f"{result['attempts']} attempts"

@@ -79,6 +79,8 @@ def merge(*, flags: Mapping[str, Any], environ: Mapping[str, str], config_file: 
     for name in ("run", "csv", "lmdb", "val_csv", "val_lmdb", "scratch", "init_from"):
         if given.get(name) and "://" not in given[name]:
             given[name] = os.path.abspath(os.path.expanduser(given[name]))
+        elif given.get(name) and not given[name].split("://")[1].strip("/"):
+            raise ConfigError(f"{flag(name)} {given[name]} names no place. Give all of it, such as s3://bucket/folder.")
     for name in ("model", "pretrained"):  # a name of open_clip, unless there is such a file
         if given.get(name) and os.path.exists(given[name]):
             given[name] = os.path.abspath(given[name])
@@ -95,7 +97,10 @@ def resolve(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, *
         ConfigError: a bad value, or a required one missing.
         ResumeError: given contradicts stored in fields that may not change; every one is named with both values.
     """
-    before = from_mapping(stored, origin="config.json") if stored else {}
+    try:
+        before = from_mapping(stored or {}, origin="config.json")
+    except ConfigError as error:
+        raise ResumeError(f"{error} {_OTHER_HAND}") from None
     wrong = [
         f"{flag(name)} was {_shown(before[name])}, now {_shown(value)}"
         for name, value in given.items()
@@ -114,6 +119,21 @@ def resolve(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, *
     if missing:
         raise ConfigError(f"Missing {' and '.join(missing)}. A job needs a CSV, an LMDB and the folder or URI of its run.")
     return config
+
+
+def settings_of(stored: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The settings in a run's config.json; None for a new run. Raises: ResumeError, when they are not there."""
+    if stored is None:
+        return None
+    settings = stored.get("config")
+    if not isinstance(settings, dict) or not isinstance(stored.get("data"), dict):
+        raise ResumeError(f"config.json of the run lacks its settings or what it says of the data. {_OTHER_HAND}")
+    return settings
+
+
+_OTHER_HAND = (
+    "The run was written by another version of clipjob, or changed by hand: use that version, or start a new run at another --run."
+)
 
 
 def _agrees(given: Any, stored: Any) -> bool:

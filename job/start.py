@@ -1,5 +1,6 @@
 """What an attempt does before its first step, in the order in which train.py calls it. A part of train.py by rank."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -7,6 +8,7 @@ import platform
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import open_clip
 import torch
 
 import job
+from job.checkpoint.retention import LAYOUT
 from job.checkpoint.store import FORMAT, RunStore
 from job.config import AUTO, FIELDS, Config, flag
 from job.data.captions import find_tag_separator, full_lengths
@@ -40,17 +43,28 @@ def scratch_root(scratch: str) -> Path:
     return Path(scratch) if scratch else Path(tempfile.gettempdir()) / f"clipjob-{os.getuid()}"
 
 
-def empty_scratch(scratch: str, *, run: str) -> Path:
-    """This run's local working folder, without what a killed attempt left there. Raises: StorageError."""
-    folder = scratch_root(scratch) / "runs" / hashlib.sha256(run.encode()).hexdigest()[:16]
+@contextlib.contextmanager
+def working_folder(scratch: str, *, run: str) -> Iterator[Path]:
+    """A local folder of this process, gone afterwards; what killed processes left for the same run goes first.
+
+    Raises: StorageError.
+    """
+    shared = scratch_root(scratch) / "runs" / hashlib.sha256(run.encode()).hexdigest()[:16]
+    folder = shared / str(os.getpid())
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        shared.mkdir(parents=True, exist_ok=True)
+        for other in shared.iterdir():
+            if other == folder or not Path("/proc", other.name).exists():
+                shutil.rmtree(other, ignore_errors=True)
+        folder.mkdir()
     except OSError as error:
         raise StorageError(
             f"The scratch folder {folder} can't be written ({error.strerror}). Point --scratch at a writable local folder."
         ) from None
-    return folder
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_data(config: Config, *, check: bool = True) -> tuple[Config, Dataset]:
@@ -71,7 +85,9 @@ def read_data(config: Config, *, check: bool = True) -> tuple[Config, Dataset]:
     images = open_images(stage_lmdb(config.lmdb, staged, flag="--lmdb"))
     val_manifest = val_images = None
     if config.val_csv:
-        val_manifest = _read_held_out(stage_file(config.val_csv, staged, flag="--val-csv"), like=manifest, config=config)
+        val_manifest = _read_held_out(
+            stage_file(config.val_csv, staged, flag="--val-csv"), like=manifest, key_prefix=config.key_prefix
+        )
     if config.val_lmdb:
         val_images = open_images(stage_lmdb(config.val_lmdb, staged, flag="--val-lmdb"))
     dataset = make_dataset(manifest, images, val_manifest=val_manifest, val_images=val_images, val_fraction=config.val_fraction)
@@ -113,18 +129,16 @@ def read_data(config: Config, *, check: bool = True) -> tuple[Config, Dataset]:
     return replace(config, tag_separator=separator, **found), dataset
 
 
-def _read_held_out(path: Path, *, like: Manifest, config: Config) -> Manifest:
-    """The CSV of held-out pairs: with the training CSV's columns and separator if it has them, else with its own."""
-    try:
-        return read_manifest(
-            path,
-            separator=like.separator,
-            image_column=like.image_column,
-            caption_column=like.caption_column,
-            key_prefix=config.key_prefix,
-        )
-    except DataError:
-        return read_manifest(path, key_prefix=config.key_prefix)
+def _read_held_out(path: Path, *, like: Manifest, key_prefix: str) -> Manifest:
+    """The CSV of held-out pairs: read as the training CSV was if its first line has the same two columns, else by itself."""
+    first_line = ""
+    with contextlib.suppress(OSError), path.open(encoding="utf-8-sig", errors="replace") as file:
+        first_line = file.readline()  # what can't be read, read_manifest explains
+    names = {name.strip(' "\r\n') for name in first_line.split(like.separator)}
+    if not {like.image_column, like.caption_column} <= names:
+        return read_manifest(path, key_prefix=key_prefix)
+    columns = {"image_column": like.image_column, "caption_column": like.caption_column}
+    return read_manifest(path, separator=like.separator, key_prefix=key_prefix, **columns)
 
 
 def find_base(config: Config, store: RunStore, scratch: Path) -> tuple[Path, bool]:
@@ -150,7 +164,8 @@ def _fetch_export(run: str, scratch: Path) -> Path:
         if folder is not None:
             return folder
     raise DataError(
-        f"--init-from {files.shown(run)} has no exported model: it is not a complete run. `clipjob inspect` shows what is there."
+        f"--init-from {files.shown(run)} has no exported model: it is not a complete run. Finish that run first, or check the path "
+        "(`clipjob inspect` shows what is there)."
     )
 
 
@@ -162,11 +177,11 @@ def compare_with_run(config: Config, store: RunStore, dataset: Dataset) -> None:
         TrainingError: too many attempts ended without a checkpoint.
     """
     mine: dict[str, Any] = {"format": FORMAT, "version": job.__version__, "config": config.to_json(), "data": dataset.fingerprint()}
-    stored = store.load_config() or store.create_config(mine)
+    stored = store.load_config() or _new_config(store, mine)
     wrong = [
-        f"{flag(name)} was {stored['config'].get(name)!r}, now {value!r}"
+        f"{flag(name)} was {stored['config'][name]!r}, now {value!r}"
         for name, value in mine["config"].items()
-        if not FIELDS[name].metadata["may_change"] and stored["config"].get(name) != value
+        if not FIELDS[name].metadata["may_change"] and stored["config"].get(name, value) != value
     ]
     wrong += [f"{what}: {was}, now {now}" for what, was, now in _changes(stored["data"], mine["data"])]
     if wrong:
@@ -183,6 +198,18 @@ def compare_with_run(config: Config, store: RunStore, dataset: Dataset) -> None:
         )
 
 
+def _new_config(store: RunStore, config: dict[str, Any]) -> dict[str, Any]:
+    """Stores the config of a new run, unless what is there already would be overwritten by it. Raises: ResumeError."""
+    found = files.list_files(store.uri)
+    taken = sorted({name.split("/")[0] for name in found} & set(LAYOUT))
+    if taken and "config.json" not in found:  # there by now: another attempt was faster
+        raise ResumeError(
+            f"{files.shown(store.uri)} has no config.json, but holds {', '.join(taken)}, names that a run would write to. Choose "
+            "another --run, or put the config.json back if this was a run."
+        )
+    return store.create_config(config)
+
+
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     names = {
         "csv_sha256": "the CSV's sha256",
@@ -190,7 +217,16 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any
         "val_csv_sha256": "the held-out CSV's sha256",
         "val_lmdb": "the held-out LMDB",
     }
-    return [(words, before.get(name), now[name]) for name, words in names.items() if before.get(name) != now[name]]
+    found: list[tuple[str, Any, Any]] = []
+    for name, words in names.items():
+        was, new = before.get(name), now[name]
+        if was != new and (was, new) not in [(a, b) for _, a, b in found]:  # held-out pairs may be a part of the same file
+            found.append((words, was, new))
+    return [(words, _brief(was), _brief(new)) for words, was, new in found]
+
+
+def _brief(value: Any) -> Any:
+    return f"{value[:12]}…" if isinstance(value, str) else value
 
 
 def describe_attempt(device: torch.device) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from job.runtime.history import History
 from job.runtime.progress import Progress
 from job.runtime.schedule import CheckpointClock, due_at_step
 from job.runtime.stop import StopSignal
-from job.start import compare_with_run, describe_attempt, empty_scratch, find_base, read_data
+from job.start import compare_with_run, describe_attempt, find_base, read_data, working_folder
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,14 @@ def train(config: Config, *, store: RunStore, stop: StopSignal) -> Outcome:
     device = choose_device(config.device)
     config = replace(config, precision=choose_precision(config.precision, device), torch_threads=config.torch_threads or cores())
     torch.set_num_threads(config.torch_threads)
-    scratch = empty_scratch(config.scratch, run=config.run)
+    with working_folder(config.scratch, run=config.run) as scratch:
+        return run_attempt(config, store=store, stop=stop, device=device, scratch=scratch, started=started)
+
+
+def run_attempt(
+    config: Config, *, store: RunStore, stop: StopSignal, device: torch.device, scratch: Path, started: float
+) -> Outcome:
+    """Opens the data, claims the run, and trains."""
     config, dataset = read_data(config)
     stop.check("reading the data")
     base, base_is_new = find_base(config, store, scratch)
@@ -131,12 +138,14 @@ def run_steps(
             progress.step(row, samples=batch_size)
 
         history = History(on_row)
+        named: set[str] = set()  # images that can't be decoded, each told once
 
         def save() -> None:
             lines = history.to_bytes()
             state.seconds = seconds_before + time.monotonic() - started
             evaluated = state.evaluated_step == state.step
-            writer.save(state, lines, info={"evaluated": evaluated, "metrics": state.after if evaluated else None})
+            needed = state.step in (0, state.best_step)
+            writer.save(state, lines, info={"evaluated": evaluated, "metrics": state.after if evaluated else None}, needed=needed)
             clock.saved(stall_seconds=writer.stall_seconds, upload_seconds=writer.upload_seconds)
 
         while True:
@@ -166,7 +175,9 @@ def run_steps(
             report = train_step(state, batch, clip=clip, lr=lr, grad_clip=config.grad_clip, autocast=autocast)
             history.add(report, seconds=time.monotonic() - began, data_wait_seconds=data_wait)
             for key, reason in batch.bad:
-                log.warning("image left out", extra={"key": key, "reason": reason, "step": state.step})
+                if key not in named:
+                    named.add(key)
+                    log.warning("image left out", extra={"key": key, "reason": reason, "step": state.step})
             if state.bad_samples > config.max_bad_samples * max(row_count, state.step * batch_size):
                 save()
                 writer.wait()

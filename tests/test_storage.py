@@ -196,9 +196,8 @@ def test_token_changes_with_the_content(place: str) -> None:
         files.stat(place)
 
 
+@pytest.mark.parametrize("place", ["local", "s3"], indirect=True)
 def test_of_racing_creators_one_wins(place: str) -> None:
-    if place.startswith("memory"):
-        pytest.skip("a store inside one process has no race to win")
     for _ in range(3):
         uri = files.join(place, uuid.uuid4().hex)
         start = threading.Barrier(8)

@@ -8,7 +8,7 @@ from job.checkpoint.transfer import check_sizes
 from job.errors import ConfigError
 from job.storage import files
 
-_LAYOUT = ("result.json", "report.html", "commits", "data", "eval", "export", "base", "attempts", "config.json")
+LAYOUT = ("result.json", "report.html", "commits", "data", "eval", "export", "base", "attempts", "config.json")
 """All that a run consists of, in the order in which it is removed: an interrupted removal can be repeated."""
 
 
@@ -91,7 +91,7 @@ def remove_run(uri: str) -> int:
             f"{files.shown(uri)} is not a run of clipjob: {len(listed)} objects, no config.json of ours, no attempts. Nothing done."
         )
     removed = 0
-    for part in _LAYOUT:
+    for part in LAYOUT:
         removed += sum(name == part or name.startswith(part + "/") for name in listed)
         files.remove(files.join(uri, part)) if "." in part else files.remove_tree(files.join(uri, part))
     if files.is_local(uri):

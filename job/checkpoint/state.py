@@ -51,7 +51,7 @@ class TrainState:
         self.evaluated_step, self.after = self.step, metrics
         if self.step == 0:
             self.before = metrics
-        score = metrics.get("mean_recall", 0.0)
+        score = metrics.get("mean_recall", float("-inf"))  # nothing could be evaluated: then no step is the best
         if score <= self.best_score:
             return False
         self.best_step, self.best_score, self.best = self.step, score, metrics

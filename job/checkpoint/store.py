@@ -149,7 +149,11 @@ class RunStore:
             self._discard(data)
             self.check_not_superseded()  # a newer attempt collects our files under our hands: then that is the news
             raise
-        return self.commit(step, data=data, stored=stored, info=info)
+        try:
+            return self.commit(step, data=data, stored=stored, info=info)
+        except Superseded:
+            self._discard(data)  # the newer attempt has perhaps collected leftovers for the last time
+            raise
 
     def workspace(self, step: int, scratch: Path) -> Path:
         """A new local folder to prepare the files of a checkpoint in: on the run's own disk where that is local, so that
@@ -176,7 +180,7 @@ class RunStore:
         return f"s{step:012}-a{self._claimed():06}-{uuid.uuid4().hex}"
 
     def commit(self, step: int, *, data: str, stored: Mapping[str, FileRecord], info: Mapping[str, Any]) -> Commit:
-        """The last step of `save`, by itself for files that were sent to data/<data>/ by others. Raises: Superseded."""
+        """The last step of `save`, by itself for files that others sent to data/<data>/. Raises: Superseded."""
         self.check_not_superseded()
         commit = Commit(self.attempt, step, data, dict(stored), self.config_hash, dict(info))
         if not files.create_bytes(self._at("commits", commit.name), encode(asdict(commit))):

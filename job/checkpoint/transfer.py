@@ -94,6 +94,7 @@ def put_folder(uri: str, local_folder: Path, *, before_finishing: Callable[[], N
     Args: before_finishing: called before the last write; may raise.
     """
     sources = {str(path.relative_to(local_folder)): path for path in sorted(local_folder.rglob("*")) if path.is_file()}
+    sources.pop(COMPLETE, None)  # of the folder that this one was copied from
     before = files.list_files(uri)
     files.remove(files.join(uri, COMPLETE))
     stored = send(uri, sources)

@@ -14,6 +14,7 @@ from torch import Tensor
 from job.checkpoint.state import TrainState, write_files
 from job.checkpoint.store import RunStore
 from job.errors import JobError, StorageError
+from job.storage.files import explained
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class CheckpointWriter:
         self._buffers: dict[str, dict[str, Tensor]] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._needed = False
         self._abandon = threading.Event()
         self._abandoned = False
         self._uploading = False
@@ -49,15 +51,17 @@ class CheckpointWriter:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def save(self, state: TrainState, history: bytes, *, info: dict[str, Any]) -> None:
+    def save(self, state: TrainState, history: bytes, *, info: dict[str, Any], needed: bool = False) -> None:
         """Copies the state and returns; the rest happens beside. Waits first for a save that is still running.
 
         Args:
             history: lines of this attempt's history up to state.step, durable before the checkpoint is.
             info: kept in the commit.
+            needed: no later save can replace this one, as that of the best step.
         """
         began = time.monotonic()
         self.wait()
+        self._needed = needed
         tensors = self._copy_to_host(state.tensors())
         copied = torch.cuda.Event() if any(tensor.is_pinned() for tensor in tensors["weights.safetensors"].values()) else None
         if copied:
@@ -71,8 +75,9 @@ class CheckpointWriter:
         self.stall_seconds = time.monotonic() - began
 
     def abandon_or_wait(self) -> None:
-        """At a signal: a save that has not begun to upload is given up, for a newer one will follow; another is awaited."""
-        if self.busy and not self._uploading:
+        """At a signal: a save that has not begun to upload is given up, for a newer one will follow; another is awaited.
+        So is one that is needed: without the best step's weights the run could never be exported."""
+        if self.busy and not self._uploading and not self._needed:
             self._abandon.set()
         self.wait()
         if self._abandoned:
@@ -121,7 +126,8 @@ class CheckpointWriter:
             folder = self._store.workspace(step, self._scratch)
             if copied is not None:
                 copied.synchronize()
-            files = write_files(folder, tensors, facts)
+            with explained(str(folder), "writing", writing=True):
+                files = write_files(folder, tensors, facts)
             self._abandoned = self._abandon.is_set()
             if self._abandoned:
                 return

@@ -22,6 +22,8 @@ from job.data.pixels import CROP_NUMBERS, BadImage, View, decode, random_crop_vi
 
 CROP_STREAM = 0
 BATCHES_AHEAD = 3
+BYTES_AHEAD = 2**31
+"""Very large batches are prepared fewer ahead."""
 CHUNK = 8
 """Images per task: enough to make the queue's cost vanish, few enough to spread one batch over all threads."""
 
@@ -156,7 +158,7 @@ def load_images(
     try:
         for asked in samples:
             waiting.append(submit(asked))
-            if len(waiting) > BATCHES_AHEAD:
+            if len(waiting) > min(BATCHES_AHEAD, max(1, BYTES_AHEAD // (len(asked.rows) * 3 * view.height * view.width))):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -44,7 +44,7 @@ def pack(
     *,
     folder: Path | None = None,
     resize: int = 0,
-    quality: int = 90,
+    quality: int = 85,
     threads: int = 0,
     csv_output: Path | None = None,
     max_bad_samples: float = 0.01,
@@ -115,6 +115,8 @@ def pack(
 
 def _listed(source: Path, folder: Path | None, *, separator: str, image_column: str, caption_column: str) -> dict[str, Path]:
     """File of each key. Raises: DataError, if there are none, or one that LMDB can't hold."""
+    if not source.exists():
+        raise DataError(f"There is no {source}. Name a folder of images or a CSV that lists them.")
     if source.is_dir():
         files = dict(_image_files(source))
     else:

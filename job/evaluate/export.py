@@ -1,5 +1,6 @@
 """The end of a run: models that open_clip loads in one line, and result.json, which makes the run complete."""
 
+import logging
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +8,11 @@ from typing import Any
 
 from job.checkpoint.state import WEIGHTS, TrainState
 from job.checkpoint.store import RunStore
+from job.errors import ResumeError
 from job.model.build import write_export
 from job.storage import files
+
+log = logging.getLogger(__name__)
 
 
 def export_run(
@@ -18,18 +22,24 @@ def export_run(
 
     Returns: False, if stopping() became true on the way; the next attempt goes on from there.
     """
-    steps = {"final": state.step}
-    if state.best_step >= 0:
-        steps["best"] = state.best_step
+    steps = {"final": state.step} | ({"best": state.best_step} if state.best_step >= 0 else {})
+    exported = list(steps)
     for name, step in steps.items():
         if stopping():
             return False
         if not store.has_folder(f"export/{name}"):
-            weights = store.fetch_file(step, WEIGHTS, scratch / "exports")
+            try:
+                weights = store.fetch_file(step, WEIGHTS, scratch / "exports")
+            except ResumeError as error:
+                if name == "final":
+                    raise
+                log.warning("the best step can't be exported", extra={"step": step, "reason": str(error)})
+                exported.remove(name)
+                continue
             folder = scratch / f"export-{name}"
             write_export(folder, base=base, weights=weights)
             store.put_folder(f"export/{name}", folder)
-    store.write_result(_result(store, state, best="best" in steps, global_batch_size=global_batch_size))
+    store.write_result(_result(store, state, best="best" in exported, global_batch_size=global_batch_size))
     return True
 
 

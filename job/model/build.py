@@ -7,9 +7,9 @@ model from there. So a restart calls no hub, and the model and its export can't 
 import contextlib
 import difflib
 import json
-import logging
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from job.data.captions import Tokenizer
 from job.data.pixels import View
 from job.errors import ConfigError, DataError, StorageError
+from job.storage.files import explained
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 TEXT_CONFIG_FOLDER = "hf_text_config"
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,13 @@ def write_base(folder: Path, *, model: str, pretrained: str, seed: int) -> None:
         ConfigError: no such model or tag. DataError: the weights file is missing, hostile, or of another model.
         StorageError: the hub can't be reached.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     source = pretrained if os.path.isdir(pretrained) else model
     model_cfg, preprocess_cfg, weights = _find(source, "" if source == pretrained else pretrained)
+    folder.mkdir(parents=True, exist_ok=True)
     _save_tokenizer(folder, model_cfg=model_cfg, model=source)
     _write_config(folder, model_cfg, preprocess_cfg)
     torch.manual_seed(seed)
-    module = _instantiate(folder)
+    module = _instantiate(folder, model=source)
     if weights:
         _load_weights(module, weights, model=model)
     _write_config(folder, model_cfg, {**preprocess_cfg, **_preprocessing(module)})
@@ -82,7 +81,7 @@ def load_base(folder: Path, *, weights: Path | None = None) -> ClipModel:
     Args: weights: a checkpoint's weights, instead of the folder's own.
     Raises: DataError, if the files are damaged.
     """
-    module = _instantiate(folder)
+    module = _instantiate(folder, model=str(folder))
     _load_weights(module, str(weights or folder / WEIGHTS_FILE), model=str(folder))
     cfg = _preprocessing(module)
     size = cfg["size"]
@@ -113,7 +112,8 @@ def write_export(folder: Path, *, base: Path, weights: Path) -> None:
 
 def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
     """One safetensors file that open_clip loads with `pretrained=`."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    with explained(str(path), "writing", writing=True):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def parameter_count(model: str) -> int:
@@ -121,7 +121,7 @@ def parameter_count(model: str) -> int:
     model_cfg, preprocess_cfg, _ = _find(model, "")
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
         _write_config(Path(folder), model_cfg, preprocess_cfg)
-        return sum(parameter.numel() for parameter in _instantiate(Path(folder), device="meta").parameters())
+        return sum(parameter.numel() for parameter in _instantiate(Path(folder), model=model, device="meta").parameters())
 
 
 def tokenizer_for(model: str) -> tuple[Tokenizer, int]:
@@ -152,8 +152,10 @@ def _find(model: str, pretrained: str) -> tuple[dict[str, Any], dict[str, Any], 
         return found["model_cfg"], found.get("preprocess_cfg", {}), _existing(weights) if weights else ""
     if model.endswith(".json"):
         found = _read_json(folder)
-        if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(found):
-            raise ConfigError(f"{model} is not an open_clip model config: it must have embed_dim, vision_cfg and text_cfg.")
+        if "embed_dim" not in found or not all(isinstance(found.get(part), dict) for part in ("vision_cfg", "text_cfg")):
+            raise ConfigError(
+                f"{model} is not an open_clip model config: it must have embed_dim and the objects vision_cfg and text_cfg."
+            )
         return found, {}, _existing(pretrained) if pretrained else ""
     model_cfg = open_clip.get_model_config(model)
     if model_cfg is None:
@@ -177,7 +179,8 @@ def _existing(path: str, *, tags: list[str] | None = None) -> str:
     if os.path.isfile(path):
         return path
     known = f" The model's tags are {', '.join(tags)}." if tags else ""
-    if tags is not None and os.sep not in path and not path.endswith((".safetensors", ".pt", ".pth", ".bin")):
+    if os.sep not in path and not path.endswith((".safetensors", ".pt", ".pth", ".bin")):
+        known = known or " Tags belong to open_clip's own models; with a config file, give a weights file."
         raise ConfigError(f"--pretrained {path} is neither a tag of this model nor a file.{known}")
     raise DataError(f"The weights file {path} does not exist. Check --pretrained.{known}")
 
@@ -186,11 +189,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"The model config {path} can't be read ({error.strerror}). Check --model.") from None
+        raise ConfigError(f"The model config {path} can't be read ({error.strerror}). Check --model and --pretrained.") from None
     except ValueError as error:
-        raise ConfigError(f"The model config {path} is not valid JSON: {error}.") from None
+        raise ConfigError(f"The model config {path} is not valid JSON: {error}. Mend it, or check --model.") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"The model config {path} must hold one JSON object.")
+        raise ConfigError(f"The model config {path} must hold one JSON object. Check --model.")
     return found
 
 
@@ -240,8 +243,8 @@ def _need_transformers(model: str) -> None:
         raise ConfigError(f"--model {model} uses a Hugging Face tokenizer; install it with `pip install 'clipjob[hf]'`.") from None
 
 
-def _instantiate(folder: Path, *, device: str = "cpu") -> nn.Module:
-    """The architecture with random weights, no hub asked."""
+def _instantiate(folder: Path, *, model: str, device: str = "cpu") -> nn.Module:
+    """The architecture with random weights, no hub asked. Args: model: what the user calls it."""
     overrides = {}
     if (folder / TEXT_CONFIG_FOLDER).is_dir():
         text_cfg = _read_json(folder / CONFIG_FILE)["model_cfg"]["text_cfg"]
@@ -251,7 +254,7 @@ def _instantiate(folder: Path, *, device: str = "cpu") -> nn.Module:
             f"local-dir:{folder}", device=device, load_weights=False, pretrained_text=False, **overrides
         )
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
-        raise ConfigError(f"open_clip can't build the model from its config: {_first_line(error)}. Check --model.") from None
+        raise ConfigError(f"open_clip can't build {model} from its config: {_first_line(error)}. Check --model.") from None
     return module
 
 
@@ -262,23 +265,35 @@ def _preprocessing(module: Any) -> dict[str, Any]:
 def _load_weights(module: nn.Module, path: str, *, model: str) -> None:
     """Raises: DataError, naming the file and why; nothing in a pickle is ever run."""
     try:
-        missing_or_extra = open_clip.factory.load_checkpoint(module, path, strict=True, weights_only=True)
-        log.debug("weights loaded", extra={"path": path, "incompatible": str(missing_or_extra)})
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"The weights file {path} is not plain tensors and was not loaded, because loading it would run code that it contains "
-            f"({_first_line(error)}). If you trust it, convert it to safetensors first."
-        ) from None
-    except SafetensorError as error:
-        raise DataError(f"The weights file {path} is damaged or not safetensors: {_first_line(error)}. Fetch it again.") from None
-    except OSError as error:
-        raise DataError(f"The weights file {path} can't be read: {error.strerror or error}. Check --pretrained.") from None
-    except (RuntimeError, KeyError, AttributeError, ValueError, EOFError, TypeError, StopIteration) as error:
-        reasons = [line.strip() for line in str(error).splitlines() if line.strip()][:3]
-        raise DataError(
-            f"The weights file {path} does not hold the weights of {model}: {' '.join(reasons)[:500]}. "
-            "Check --model and --pretrained."
-        ) from None
+        open_clip.factory.load_checkpoint(module, path, strict=True, weights_only=True)
+    except _LOADING_ERRORS as error:
+        raise DataError(f"The weights file {path} {_fault(error, model=model)}") from None
+
+
+_LOADING_ERRORS = (
+    *(pickle.UnpicklingError, SafetensorError, OSError, RuntimeError, KeyError),
+    *(AttributeError, ValueError, EOFError, TypeError, StopIteration),
+)
+
+
+def _fault(error: Exception, *, model: str) -> str:
+    """What is wrong with a weights file and what to do, as the end of a sentence about it."""
+    text = str(error)
+    code = re.search(r"(?:GLOBAL|function) ([\w.]+)", text)
+    if isinstance(error, pickle.UnpicklingError) and code:
+        return (
+            f"is not plain tensors and was not loaded: that would run {code[1]}. If you trust it, convert it to safetensors first."
+        )
+    if "TorchScript" in text:
+        return "is a TorchScript program and was not loaded. If you trust it, save its state_dict() as safetensors first."
+    if isinstance(error, SafetensorError | pickle.UnpicklingError | EOFError) or "PytorchStreamReader" in text:
+        detail = f" ({_first_line(error)})" if isinstance(error, SafetensorError) else ""
+        return f"is damaged, or neither safetensors nor made by torch.save{detail}. Fetch it again."
+    if isinstance(error, OSError):
+        return f"can't be read: {error.strerror or error}. Check --pretrained."
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Error(s) in loading")]
+    reasons = " ".join(line if len(line) <= 150 else f"{line[:149]}…" for line in lines[:3])
+    return f"does not hold the weights of {model}: {reasons.rstrip('.')}. Check --model and --pretrained."
 
 
 def _first_line(error: Exception) -> str:

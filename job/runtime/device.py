@@ -38,7 +38,7 @@ def _working_cuda(name: str) -> torch.device:
             raise DeviceError(f"The GPU {name} computes wrong results. {advice}")
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or ["unknown"])[0]
-        raise DeviceError(f"--device {name} can't be used: {reason} {advice}") from None
+        raise DeviceError(f"--device {name} can't be used: {reason.rstrip('.')}. {advice}") from None
     return device
 
 

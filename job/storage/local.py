@@ -79,7 +79,8 @@ def walk(folder: Path, *, temporary: bool = False) -> dict[str, int]:
         if not isinstance(error, FileNotFoundError):  # gone since, or never there
             raise error
 
-    for parent, _, names in os.walk(folder, onerror=tell):
+    for parent, folders, names in os.walk(folder, onerror=tell):
+        folders[:] = [name for name in folders if name != "lost+found"]  # a disk's own, which only root may list
         for name in names:
             path = Path(parent, name)
             if name.endswith(TEMPORARY) == temporary:

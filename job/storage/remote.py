@@ -230,9 +230,12 @@ def _verdict(error: Exception, uri: str) -> tuple[type[JobError], str, str] | No
     names = {kind.__name__ for kind in type(error).__mro__}
     code = response_code(error)
     number = getattr(error, "errno", None)
+    if "SafetensorError" in names and (match := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(match[1])  # its writer is in Rust and hands over the words only
     if code == "NoSuchBucket":
         return AccessError, "there is no such bucket", "Create the bucket, or correct the URI or the endpoint (AWS_ENDPOINT_URL)."
-    if isinstance(error, FileNotFoundError):
+    causes = {kind.__name__ for kind in type(error.__cause__).__mro__}
+    if isinstance(error, FileNotFoundError) and "ClientConnectionError" not in causes:  # fsspec's http calls that absent too
         return None
     if names & _NO_CREDENTIALS:
         return (

@@ -1,0 +1,1 @@
+"""What clipjob promises about speed and memory, measured: see README.md."""
