@@ -198,5 +198,5 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert (warmup_steps(-1, 100), warmup_steps(-1, 10**6), warmup_steps(7, 100)) == (10, 500, 7)
