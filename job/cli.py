@@ -215,8 +215,8 @@ def _train(stop: StopSignal, given: dict[str, Any]) -> int:
 
         stop.check("importing")
         if train(config, store=store, stop=stop) is Outcome.STOPPED:
-            step = store.commits()[0].step
-            sys.stderr.write(f"clipjob: {stop.name}: saved at step {step}. Run the same command to go on.\n")
+            step = next((f" at step {commit.step}" for commit in store.commits()), "")
+            sys.stderr.write(f"clipjob: {stop.name}: saved{step}. Run the same command to go on.\n")
             return 75
         result = store.result()
     else:

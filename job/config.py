@@ -45,7 +45,8 @@ class Interval:
     def __str__(self) -> str:
         if self.kind in (AUTO, "never"):
             return {"never": "0"}.get(self.kind, self.kind)
-        return f"{self.value:g}" + {"seconds": "s", "epochs": "ep", "steps": ""}[self.kind]
+        number = int(self.value) if self.value == int(self.value) else self.value
+        return f"{number}" + {"seconds": "s", "epochs": "ep", "steps": ""}[self.kind]
 
 
 def option(
@@ -80,7 +81,9 @@ class Config:
     lmdb: str = option("", "LMDB of encoded images: folder, file or URI.", may_change=True)
     val_csv: str = option("", "CSV of held-out pairs; default: a part of --csv (--val-fraction).", may_change=True)
     val_lmdb: str = option("", "LMDB of the held-out images; default: --lmdb.", may_change=True)
-    scratch: str = option("", "Local folder for staged files; default: clipjob in the system's temporary folder.", may_change=True)
+    scratch: str = option(
+        "", "Local folder for staged files; default: clipjob-<user id> in the system's temporary folder.", may_change=True
+    )
 
     # Reading the data
     csv_separator: str = option(AUTO, "Column separator of the CSV: auto, a character, or 'tab'.")

@@ -15,6 +15,7 @@ Schedulers act on the codes (Kubernetes podFailurePolicy, Slurm requeue), so a c
 An exception that is not a JobError is a bug of ours: it exits 70 with its traceback.
 """
 
+import errno
 from typing import ClassVar
 
 
@@ -58,6 +59,13 @@ class AccessError(JobError):
 
 class ResumeError(JobError):
     exit_code = 78
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code that an exception ends the process with."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError.exit_code
+    return error.exit_code if isinstance(error, JobError) else JobError.exit_code
 
 
 COMPLETE = 0

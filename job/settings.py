@@ -104,7 +104,7 @@ def resolve(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, *
     wrong = [
         f"{flag(name)} was {_shown(before[name])}, now {_shown(value)}"
         for name, value in given.items()
-        if name in before and not FIELDS[name].metadata["may_change"] and not _agrees(value, before[name])
+        if name in before and not FIELDS[name].metadata["may_change"] and not _agrees(name, value, before[name])
     ]
     if wrong:
         free = ", ".join(flag(name) for name, spec in FIELDS.items() if spec.metadata["may_change"])
@@ -136,11 +136,17 @@ _OTHER_HAND = (
 )
 
 
-def _agrees(given: Any, stored: Any) -> bool:
-    """`auto`, or the 0 that means it, agrees with what it was resolved to; a file may have moved to another folder."""
-    if isinstance(given, str) and os.path.isabs(given) and os.path.isabs(stored):
-        return bool(os.path.basename(given) == os.path.basename(stored))
-    return given == stored or given in (AUTO, Interval(AUTO)) or (given == 0 and isinstance(stored, int) and stored > 0)
+def _agrees(name: str, given: Any, stored: Any) -> bool:
+    """Whether a value means what is stored: `auto` agrees with what it was resolved to, and a file may have moved."""
+    if given == stored or given in (AUTO, Interval(AUTO)):
+        return True
+    if name == "torch_threads":
+        return bool(given == 0)
+    if name in ("image_column", "caption_column"):  # found whatever the case, stored as the CSV spells it
+        return bool(given.casefold() == stored.casefold())
+    if name == "csv_separator":
+        return bool({"\\t": "tab", "\t": "tab"}.get(given.lower(), given.lower()) == stored)
+    return isinstance(given, str) and os.path.isabs(given) and os.path.basename(given) == os.path.basename(stored)
 
 
 def _shown(value: Any) -> str:

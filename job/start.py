@@ -1,6 +1,7 @@
 """What an attempt does before its first step, in the order in which train.py calls it. A part of train.py by rank."""
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -8,6 +9,7 @@ import platform
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +37,8 @@ from job.storage import files
 
 log = logging.getLogger(__name__)
 
+LOCK = "lock"
+
 
 def scratch_root(scratch: str) -> Path:
     """The folder for everything local: given, or clipjob-<user id> among the system's temporary files."""
@@ -50,21 +54,30 @@ def working_folder(scratch: str, *, run: str) -> Iterator[Path]:
     Raises: StorageError.
     """
     shared = scratch_root(scratch) / "runs" / hashlib.sha256(run.encode()).hexdigest()[:16]
-    folder = shared / str(os.getpid())
     try:
         shared.mkdir(parents=True, exist_ok=True)
         for other in shared.iterdir():
-            if other == folder or not Path("/proc", other.name).exists():
-                shutil.rmtree(other, ignore_errors=True)
-        folder.mkdir()
+            _remove_if_dead(other)
+        folder = Path(tempfile.mkdtemp(dir=shared))
+        lock = (folder / LOCK).open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel gives it up when this process ends, however it ends
     except OSError as error:
         raise StorageError(
-            f"The scratch folder {folder} can't be written ({error.strerror}). Point --scratch at a writable local folder."
+            f"The scratch folder {shared} can't be written ({error.strerror}). Point --scratch at a writable local folder."
         ) from None
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
+
+
+def _remove_if_dead(folder: Path) -> None:
+    """Removes a working folder whose process holds its lock no more. One that is younger than a minute may be about to take it."""
+    with contextlib.suppress(OSError), (folder / LOCK).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if time.time() - folder.stat().st_mtime > 60:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_data(config: Config, *, check: bool = True) -> tuple[Config, Dataset]:
@@ -146,6 +159,16 @@ def find_base(config: Config, store: RunStore, scratch: Path) -> tuple[Path, boo
     found = store.fetch_folder("base", scratch / "base")
     if found is not None:
         return found, False
+    if store.commits():
+        raise ResumeError(
+            f"The run {files.shown(store.uri)} has checkpoints but no complete base/, without which they can't be loaded. "
+            "Restore it (a bucket with versions keeps it), or start a new run at another --run."
+        )
+    if not config.pretrained and not config.init_from and not config.model.endswith(".json"):
+        log.warning(
+            "training starts from random weights; fine-tuning wants --pretrained, such as openai or laion2b_s34b_b79k",
+            extra={"model": config.model},
+        )
     made = scratch / "new-base"
     if config.init_from:
         write_base(made, model=str(_fetch_export(config.init_from, scratch)), pretrained="", seed=config.seed)

@@ -13,6 +13,7 @@ import contextlib
 import enum
 import itertools
 import logging
+import shutil
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
@@ -29,14 +30,14 @@ from job.data.batches import Batch, Samples, load_batches
 from job.data.captions import Captions, Texts
 from job.data.dataset import Dataset
 from job.data.order import batches_from, rows_at, steps_in
-from job.errors import DataError, JobError, TrainingError
+from job.errors import DataError, JobError, TrainingError, exit_code_of
 from job.evaluate.export import export_run
 from job.evaluate.retrieval import evaluate_retrieval, group_pairs
 from job.model.build import ClipModel, load_base, prepare_towers
 from job.model.optimizer import lr_at, make_optimizer, warmup_steps
 from job.model.step import count_nonfinite, train_step
 from job.model.towers import lengths_of
-from job.runtime.device import autocast_dtype, choose_device, choose_precision, cores, decode_threads
+from job.runtime.device import autocast_dtype, choose_device, choose_precision, cores, decode_threads, device_failure
 from job.runtime.history import History
 from job.runtime.progress import Progress
 from job.runtime.schedule import CheckpointClock, due_at_step
@@ -87,14 +88,22 @@ def run_attempt(
         outcome = run_steps(
             config, store=store, stop=stop, dataset=dataset, device=device, base=base, scratch=scratch, started=started
         )
-    except JobError as error:
-        with contextlib.suppress(JobError):
-            store.end_attempt({"exit_code": error.exit_code, "reason": str(error)})
-        raise
-    store.end_attempt(
-        {"exit_code": 0, "reason": "complete"} if outcome is Outcome.COMPLETE else {"exit_code": 75, "reason": stop.name}
-    )
+    except Exception as error:
+        failure = device_failure(error)
+        note_end(store, exit_code_of(failure), str(failure) or type(failure).__name__)
+        if failure is error:
+            raise
+        raise failure from error
+    note_end(store, *((0, "complete") if outcome is Outcome.COMPLETE else (75, stop.name)))
     return outcome
+
+
+def note_end(store: RunStore, exit_code: int, reason: str) -> None:
+    """For people who look at the run later; the outcome itself does not hang on it."""
+    try:
+        store.end_attempt({"exit_code": exit_code, "reason": reason})
+    except JobError as error:
+        log.warning("how this attempt ended could not be noted", extra={"reason": str(error)})
 
 
 def run_steps(
@@ -114,6 +123,7 @@ def run_steps(
     state = new_state(config, clip)
     if restored:
         state.restore({name: restored.folder / name for name in (OPTIMIZER, FACTS)})
+        shutil.rmtree(scratch / "restored", ignore_errors=True)
         log.info("resumed", extra={"step": state.step, "rejected": restored.rejected})
     seconds_before = state.seconds
 
@@ -131,20 +141,21 @@ def run_steps(
         writer = CheckpointWriter(store, scratch=scratch, keep=config.keep_checkpoints, keep_every=config.keep_every)
         writer.on_saved, writer.last_step = progress.saved, state.step if restored else -1
         closing.callback(writer.close)
-        batches = closing.enter_context(contextlib.closing(training_batches(config, dataset, clip, start=state.step, steps=steps)))
+        batches = closing.enter_context(
+            contextlib.closing(training_batches(config, dataset, clip, stop, start=state.step, steps=steps))
+        )
 
         def on_row(row: dict[str, Any]) -> None:
             count_nonfinite(state, row)
             progress.step(row, samples=batch_size)
 
-        history = History(on_row)
+        history = History(on_row, late=device.type == "cuda")
         named: set[str] = set()  # images that can't be decoded, each told once
 
-        def save() -> None:
+        def save(*, needed: bool = False) -> None:
             lines = history.to_bytes()
             state.seconds = seconds_before + time.monotonic() - started
             evaluated = state.evaluated_step == state.step
-            needed = state.step in (0, state.best_step)
             writer.save(state, lines, info={"evaluated": evaluated, "metrics": state.after if evaluated else None}, needed=needed)
             clock.saved(stall_seconds=writer.stall_seconds, upload_seconds=writer.upload_seconds)
 
@@ -157,23 +168,30 @@ def run_steps(
                 best = state.take_metrics(metrics)
                 history.add_evaluation(state.step, metrics)
                 progress.evaluated(state.step, metrics, best=best)
+                history.restart_clock()
             complete = last and (not evaluate or state.evaluated_step == state.step)
             stopping = stop.requested and not complete  # read once: a signal that comes later is met at the next step
             if stopping:
                 writer.abandon_or_wait()
+            failed = writer.notice_failure()
+            kept = config.keep_every > 0 and state.step % config.keep_every == 0
             unsaved = state.step != writer.last_step or metrics is not None
-            if unsaved and (best or last or stopping or state.step == 0 or (clock.due(state.step) and not writer.busy)):
-                save()
+            must_save = best or last or stopping or kept or failed or state.step == 0
+            if unsaved and (must_save or (clock.due(state.step) and not writer.busy)):
+                save(needed=best or kept or state.step == 0)
+                history.restart_clock()
             if complete or stopping:
                 writer.wait()
                 break
 
             began = time.monotonic()
-            batch = next(batches)
+            batch = next(batches, None)
+            if batch is None:  # a signal came while the next batch was being decoded
+                continue
             data_wait = time.monotonic() - began
             lr = lr_at(state.step, peak=config.lr, warmup=warmup, steps=steps)
-            report = train_step(state, batch, clip=clip, lr=lr, grad_clip=config.grad_clip, autocast=autocast)
-            history.add(report, seconds=time.monotonic() - began, data_wait_seconds=data_wait)
+            report = train_step(state, batch, clip=clip, lr=lr, grad_clip=config.grad_clip, autocast=autocast, seed=config.seed)
+            history.add(report, data_wait_seconds=data_wait)
             for key, reason in batch.bad:
                 if key not in named:
                     named.add(key)
@@ -183,6 +201,8 @@ def run_steps(
                 writer.wait()
                 raise too_many_bad_samples(state, config)
             if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
+                writer.wait()
+                store.write_history(history.to_bytes())
                 raise diverged(state, config)
 
     exported = complete and export_run(
@@ -203,8 +223,10 @@ def new_state(config: Config, clip: ClipModel) -> TrainState:
     return TrainState(clip.module, optimizer, scaler)
 
 
-def training_batches(config: Config, dataset: Dataset, clip: ClipModel, *, start: int, steps: int) -> Generator[Batch]:
-    """The batches of steps start … steps-1."""
+def training_batches(
+    config: Config, dataset: Dataset, clip: ClipModel, stop: StopSignal, *, start: int, steps: int
+) -> Generator[Batch]:
+    """The batches of steps start … steps-1, or fewer if a signal comes."""
     samples = (
         Samples(positions, dataset.train_rows[rows_at(positions, row_count=len(dataset.train_rows), seed=config.seed)])
         for positions in itertools.islice(batches_from(start, global_batch_size=config.global_batch_size), steps - start)
@@ -219,6 +241,7 @@ def training_batches(config: Config, dataset: Dataset, clip: ClipModel, *, start
         seed=config.seed,
         crop_scale=config.crop_scale,
         pin_memory=clip.shift.device.type == "cuda",
+        stopping=lambda: stop.requested,
     )
 
 

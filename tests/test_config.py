@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from job.config import FIELDS, Config, Interval, flag
 from job.errors import ConfigError, ResumeError
@@ -73,6 +75,32 @@ def test_auto_agrees_with_what_it_was_resolved_to() -> None:
 def test_a_model_file_may_have_moved() -> None:
     stored = Config(**NEEDED, model="/old/place/tiny.json").to_json()
     assert resolve({**NEEDED, "model": "/new/place/tiny.json"}, stored).model == "/old/place/tiny.json"
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "agrees"),
+    [
+        ({"seed": 5}, {"seed": 0}, False),
+        ({"warmup": 100}, {"warmup": 0}, False),
+        ({"lock_image": True}, {"lock_image": False}, False),
+        ({"csv_separator": "tab"}, {"csv_separator": "\t"}, True),
+        ({"csv_separator": "tab"}, {"csv_separator": "\\t"}, True),
+        ({"image_column": "FilePath"}, {"image_column": "filepath"}, True),
+        ({"evaluate_every": Interval("steps", 1_000_000)}, {"evaluate_every": Interval.parse("1000000")}, True),
+    ],
+)
+def test_only_what_means_the_same_agrees(stored: dict[str, object], given: dict[str, object], agrees: bool) -> None:
+    kept = json.loads(json.dumps(Config(**{**NEEDED, **stored}).to_json()))
+    if agrees:
+        assert resolve({**NEEDED, **given}, kept) == Config(**{**NEEDED, **stored})
+    else:
+        with pytest.raises(ResumeError, match="was started with other settings"):
+            resolve({**NEEDED, **given}, kept)
+
+
+@given(st.sampled_from(["seconds", "steps", "epochs"]), st.integers(1, 10**9))
+def test_intervals_survive_being_written(kind: str, value: int) -> None:
+    assert Interval.parse(str(Interval(kind, value))) == Interval(kind, value)
 
 
 def test_an_unknown_environment_name_suggests_the_nearest() -> None:

@@ -99,7 +99,7 @@ def strike(job: Job, run: Path, aim: str, dice: random.Random, *, start_seconds:
     elif aim == "evaluate":
         # A step's line is written once the next step is done: after that of step 9 comes the evaluation of step 10.
         job.until(lambda: about_to_evaluate() or exporting(), "an evaluation")
-        delay = dice.uniform(0, evaluation_seconds)
+        delay = dice.uniform(0, 0.8 * evaluation_seconds)
     elif aim == "save":
         wanted, met = dice.randint(1, 3), set[str]()
 

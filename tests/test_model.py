@@ -113,7 +113,7 @@ def test_steps_follow_open_clips_model_loss_and_adamw(tmp_path: Path) -> None:
     state = state_of(clip)
     for number in range(5):
         batch = batch_of(clip, seed=number)
-        report = train_step(state, batch, clip=clip, lr=1e-3, grad_clip=1.0, autocast=None).read()
+        report = train_step(state, batch, clip=clip, lr=1e-3, grad_clip=1.0, autocast=None, seed=0).read()
         adamw.zero_grad()
         texts = [f"thing {index % 5}" for index in range(6)]
         image, text, scale = peer((batch.pixels - clip.shift) * clip.scale, clip.tokenizer(texts))
@@ -131,17 +131,17 @@ def test_steps_follow_open_clips_model_loss_and_adamw(tmp_path: Path) -> None:
 def test_a_gradient_that_is_not_finite_changes_only_the_position(tmp_path: Path) -> None:
     clip = tiny.make_clip(tmp_path)
     state = state_of(clip)
-    train_step(state, batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None)
+    train_step(state, batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None, seed=0)
     before = copy.deepcopy({name: tensor.clone() for file in state.tensors().values() for name, tensor in file.items()})
     hook = clip.module.visual.proj.register_hook(lambda gradient: gradient * float("nan"))
-    row = train_step(state, batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None).read()
+    row = train_step(state, batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None, seed=0).read()
     hook.remove()
     count_nonfinite(state, row)
     assert row["gradient_norm"] is None
     assert (state.step, state.nonfinite_steps, state.nonfinite_in_a_row) == (2, 1, 1)
     for name, tensor in {n: t for file in state.tensors().values() for n, t in file.items()}.items():
         assert torch.equal(tensor, before[name]), name
-    count_nonfinite(state, train_step(state, batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None).read())
+    count_nonfinite(state, train_step(state, batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None, seed=0).read())
     assert (state.nonfinite_steps, state.nonfinite_in_a_row) == (1, 0)
 
 
@@ -151,7 +151,7 @@ def test_a_batch_without_negatives_only_moves_the_position(tmp_path: Path, size:
     state = state_of(clip)
     whole = batch_of(clip, 2)
     batch = Batch(whole.pixels[:size], whole.tokens, (("a.jpg", "broken"),) * (2 - size))
-    row = train_step(state, batch, clip=clip, lr=1e-3, grad_clip=1.0, autocast=None).read()
+    row = train_step(state, batch, clip=clip, lr=1e-3, grad_clip=1.0, autocast=None, seed=0).read()
     assert row["loss"] is None
     count_nonfinite(state, row)
     assert (state.step, state.bad_samples, state.nonfinite_steps) == (1, 2 - size, 0)
@@ -161,7 +161,7 @@ def test_logit_scale_never_passes_100(tmp_path: Path) -> None:
     clip = tiny.make_clip(tmp_path)
     with torch.no_grad():
         clip.module.logit_scale.fill_(9.0)
-    row = train_step(state_of(clip), batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None).read()
+    row = train_step(state_of(clip), batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None, seed=0).read()
     assert row["logit_scale"] == pytest.approx(100)
 
 
@@ -170,7 +170,7 @@ def test_a_locked_tower_keeps_its_weights(tmp_path: Path, lock_image: bool, lock
     clip = tiny.make_clip(tmp_path)
     prepare_towers(clip.module, lock_image=lock_image, lock_text=lock_text, grad_checkpointing=True)
     before = {name: parameter.detach().clone() for name, parameter in clip.module.named_parameters()}
-    train_step(state_of(clip), batch_of(clip), clip=clip, lr=1e-2, grad_clip=1.0, autocast=None)
+    train_step(state_of(clip), batch_of(clip), clip=clip, lr=1e-2, grad_clip=1.0, autocast=None, seed=0)
     changed = {name for name, parameter in clip.module.named_parameters() if not torch.equal(parameter, before[name])}
     image_changed = any(name.startswith("visual.") for name in changed)
     text_changed = any(name.startswith(("transformer.", "token_embedding")) for name in changed)
@@ -181,7 +181,9 @@ def test_gradient_checkpointing_changes_no_number(tmp_path: Path) -> None:
     clip = tiny.make_clip(tmp_path)
     other = ClipModel(copy.deepcopy(clip.module), clip.tokenizer, clip.view, clip.shift, clip.scale)
     prepare_towers(other.module, lock_image=False, lock_text=False, grad_checkpointing=True)
-    rows = [train_step(state_of(c), batch_of(c), clip=c, lr=1e-3, grad_clip=1.0, autocast=None).read() for c in (clip, other)]
+    rows = [
+        train_step(state_of(c), batch_of(c), clip=c, lr=1e-3, grad_clip=1.0, autocast=None, seed=0).read() for c in (clip, other)
+    ]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-6)
     assert rows[0]["gradient_norm"] == pytest.approx(rows[1]["gradient_norm"], rel=1e-4)
 
@@ -200,3 +202,26 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert (warmup_steps(-1, 100), warmup_steps(-1, 10**6), warmup_steps(7, 100)) == (10, 500, 7)
+
+
+def test_dropout_depends_on_the_step_alone(tmp_path: Path) -> None:
+    rows = []
+    for started_at in (0, 2):  # a run that goes on at step 2 draws what an uninterrupted one does there
+        clip = tiny.make_clip(tmp_path / str(started_at), vision_cfg={**tiny.CONFIG["vision_cfg"], "patch_dropout": 0.5})
+        prepare_towers(clip.module, lock_image=False, lock_text=False, grad_checkpointing=False)
+        state = state_of(clip, step=started_at)
+        for _ in range(3 - started_at):
+            before = copy.deepcopy(clip.module.state_dict())
+            row = train_step(state, batch_of(clip), clip=clip, lr=0.0, grad_clip=1.0, autocast=None, seed=7).read()
+        assert all(torch.equal(before[name], tensor) for name, tensor in clip.module.state_dict().items())
+        rows.append(row)
+    assert rows[0] == rows[1]
+    other = train_step(state_of(clip, step=2), batch_of(clip), clip=clip, lr=0.0, grad_clip=1.0, autocast=None, seed=8).read()
+    assert other["loss"] != rows[1]["loss"]
+
+
+def test_a_locked_tower_computes_as_in_evaluation_and_stays_so(tmp_path: Path) -> None:
+    clip = tiny.make_clip(tmp_path)
+    prepare_towers(clip.module, lock_image=True, lock_text=False, grad_checkpointing=False)
+    assert not clip.module.visual.training
+    assert clip.module.transformer.training

@@ -62,6 +62,12 @@ def test_a_model_that_gives_everything_the_same_feature_scores_nothing() -> None
     assert scores["image_retrieval_recall@10"] == scores["text_retrieval_recall@10"] == 0
 
 
+def test_features_that_are_no_numbers_are_no_hits() -> None:
+    broken = torch.full((30, 4), float("nan"))
+    scores = retrieval_scores(broken, broken, torch.tensor([(n, n) for n in range(30)]), logit_scale=SCALE)
+    assert set(scores.values()) == {0.0}
+
+
 def test_any_caption_of_an_image_and_any_image_of_a_caption_counts() -> None:
     held_out = group_pairs([("a", ["dog"]), ("b", ["dog"]), ("a", ["animal"]), ("c", ["cat"])])
     assert (held_out.keys, held_out.texts) == (["a", "b", "c"], ["dog", "animal", "cat"])

@@ -18,7 +18,7 @@ from job.checkpoint.state import FACTS, OPTIMIZER, WEIGHTS, TrainState
 from job.checkpoint.store import RunStore
 from job.checkpoint.writer import CheckpointWriter
 from job.config import Interval
-from job.errors import ConfigError, DeviceError, Stopped, StorageError
+from job.errors import AccessError, ConfigError, DeviceError, Stopped, StorageError
 from job.model.build import load_base
 from job.model.optimizer import make_optimizer
 from job.runtime.device import choose_device, choose_precision, decode_threads
@@ -83,7 +83,7 @@ def test_auto_saves_more_rarely_when_saving_costs_more_but_never_beyond_ten_minu
     monkeypatch.setattr(time, "monotonic", lambda: now)
     clock = CheckpointClock(Interval("auto"), steps_per_epoch=10)
     assert not clock.due(3)
-    now += 16
+    now += 61
     assert clock.due(3)
     clock.saved(stall_seconds=0.2, upload_seconds=12.0)  # 0.2 s of stall: 40 s at 0.5 %; 12 s of upload: 120 s at 10 %
     now += 119
@@ -108,14 +108,35 @@ class Report:
 
 def test_history_reads_a_step_after_the_next_was_queued() -> None:
     read: list[int] = []
-    history = History(lambda _row: None)
-    history.add(Report(1, read), seconds=0.5)
+    history = History(lambda _row: None, late=True)
+    history.add(Report(1, read), data_wait_seconds=0.5)
     assert read == []
-    history.add(Report(2, read), seconds=0.5)
+    history.add(Report(2, read), data_wait_seconds=0.5)
     assert read == [1]
     rows = [json.loads(line) for line in history.to_bytes().splitlines()]
     assert read == [1, 2]
-    assert [(row["step"], row["loss"], row["seconds"]) for row in rows] == [(1, 1.5, 0.5), (2, None, 0.5)]
+    assert [(row["step"], row["loss"], row["data_wait_seconds"]) for row in rows] == [(1, 1.5, 0.5), (2, None, 0.5)]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_seconds_of_a_row_are_those_from_result_to_result(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    rows: list[dict[str, Any]] = []
+    history = History(rows.append, late=late)
+    for step in (1, 2, 3):
+        now += 2.0
+        history.add(Report(step, []), data_wait_seconds=0.0)
+    now += 2.0
+    history.flush()
+    now += 60.0  # an evaluation
+    history.restart_clock()
+    now += 2.0
+    history.add(Report(4, []), data_wait_seconds=0.0)
+    history.flush()
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    expected = [4.0, 2.0, 2.0, 2.0] if late else [2.0, 2.0, 2.0, 2.0]
+    assert [row["seconds"] for row in rows] == expected
 
 
 def record(**extra: Any) -> logging.LogRecord:
@@ -263,3 +284,28 @@ def test_a_failed_save_is_raised_in_the_training_thread(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="full"):
         writer.wait()
     writer.close()
+
+
+def test_a_save_that_the_network_broke_is_tried_once_more(tmp_path: Path) -> None:
+    state, store = trained_state(tmp_path), SlowStore(tmp_path, failure=StorageError("no route"))
+    store.go_on.set()
+    writer = CheckpointWriter(store, scratch=tmp_path, keep=2, keep_every=0)  # type: ignore[arg-type]
+    for expected in (True, None):
+        writer.save(state, b"", info={})
+        while writer.busy:
+            time.sleep(0.01)
+        if expected:
+            assert writer.notice_failure()
+            assert writer.last_step == -1
+        else:
+            with pytest.raises(StorageError, match="no route"):
+                writer.notice_failure()
+
+
+def test_a_token_that_ran_out_is_no_reason_never_to_start_again(tmp_path: Path) -> None:
+    state, store = trained_state(tmp_path), SlowStore(tmp_path, failure=AccessError("expired"))
+    store.go_on.set()
+    writer = CheckpointWriter(store, scratch=tmp_path, keep=2, keep_every=0)  # type: ignore[arg-type]
+    writer.save(state, b"", info={})
+    with pytest.raises(StorageError, match="expired"):
+        writer.wait()

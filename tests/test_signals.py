@@ -42,7 +42,7 @@ STEPS, EVALUATE_EVERY, CHECKPOINT_EVERY = 12, 6, 4
 SETTINGS: dict[str, Any] = {
     "max_steps": STEPS,
     "global_batch_size": 16,
-    "val_fraction": 0.5,  # a thousand images to evaluate, some seconds
+    "val_fraction": 0.25,  # hundreds of images to evaluate, some seconds
     "evaluate_every": EVALUATE_EVERY,
     "checkpoint_every": CHECKPOINT_EVERY,
     "precision": "fp32",

@@ -28,6 +28,7 @@ def write_config(folder: Path, **changes: Any) -> Path:
 
 def make_clip(folder: Path, **changes: Any) -> ClipModel:
     """A tiny model with random weights, built the way a job builds it."""
+    folder.mkdir(exist_ok=True)
     write_base(folder / "base", model=str(write_config(folder, **changes)), pretrained="", seed=0)
     return load_base(folder / "base")
 

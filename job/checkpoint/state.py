@@ -19,7 +19,7 @@ FORMAT = 1
 class TrainState:
     """All that decides what the rest of the run does, beyond its config.
 
-    Not saved, because they follow from (config, step): the order of samples, crops and caption choices, the learning rate.
+    Not saved, because they follow from (config, step): order of samples, crops, caption choices, dropout, learning rate.
     Not saved, because they decide nothing: prefetched batches, caches of tokens, throughput.
     """
 
@@ -99,7 +99,8 @@ class TrainState:
         for name, value in load_file(files[OPTIMIZER]).items():
             kind, _, parameter_name = name.partition(":")
             parameter = parameters[parameter_name]
-            self.optimizer.state[parameter][kind] = value.to(parameter.device)
+            # A copy: load_file maps the file, and the checkpoint will be removed while training goes on.
+            self.optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)
 
 
 def write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> dict[str, Path]:

@@ -76,10 +76,7 @@ class RunStore:
         return stored
 
     def claim(self, info: Mapping[str, Any]) -> int:
-        """Takes the next attempt number. From now on every attempt with a lower one is superseded.
-
-        Args: info: host, port of /metrics, versions: what helps a person to find this process.
-        """
+        """Takes the next attempt number; every lower one is superseded. Args: info: what helps a person to find this process."""
         for _ in range(CLAIM_TRIES):
             number = max(self._claims(), default=0) + 1
             content = {"attempt": number, "token": uuid.uuid4().hex, **info}
@@ -135,12 +132,11 @@ class RunStore:
         return readable_commits(self.uri)
 
     def save(self, step: int, sources: Mapping[str, Path], *, info: Mapping[str, Any]) -> Commit:
-        """Makes a checkpoint durable. When this returns, a restart finds it.
+        """Makes a checkpoint durable. When this returns, a restart finds it. Raises: Superseded, and nothing is left of it.
 
         Args:
             sources: name -> local file. They are used up: moved, where the run is on the same disk.
             info: JSON values to keep beside it (evaluated, metrics, ledger).
-        Raises: Superseded, and nothing is committed.
         """
         data = self.new_data(step)
         try:

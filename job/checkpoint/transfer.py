@@ -1,5 +1,6 @@
 """Files on their way into a run and out of it: hashed once, sizes checked on arrival, hashes checked before use."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -89,14 +90,16 @@ def _download(uri: str, record: FileRecord, target: Path) -> None:
 
 
 def put_folder(uri: str, local_folder: Path, *, before_finishing: Callable[[], None]) -> None:
-    """Stores a folder, so that it counts as there only once it is complete; what was there before goes.
+    """Stores a folder, so that it counts as there only once it is complete. One that is complete stays as it is.
 
     Args: before_finishing: called before the last write; may raise.
     """
+    with contextlib.suppress(FileNotFoundError, Rejection):
+        read(files.join(uri, COMPLETE))
+        return
     sources = {str(path.relative_to(local_folder)): path for path in sorted(local_folder.rglob("*")) if path.is_file()}
     sources.pop(COMPLETE, None)  # of the folder that this one was copied from
     before = files.list_files(uri)
-    files.remove(files.join(uri, COMPLETE))
     stored = send(uri, sources)
     for stale in before.keys() - stored.keys() - {COMPLETE}:
         files.remove(files.join(uri, stale))

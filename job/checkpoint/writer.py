@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from job.checkpoint.state import TrainState, write_files
+from job.checkpoint.state import WEIGHTS, TrainState, write_files
 from job.checkpoint.store import RunStore
-from job.errors import JobError, StorageError
+from job.errors import AccessError, JobError, StorageError
 from job.storage.files import explained
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class CheckpointWriter:
         self._buffers: dict[str, dict[str, Tensor]] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._failed_in_a_row = 0
         self._needed = False
         self._abandon = threading.Event()
         self._abandoned = False
@@ -60,12 +61,13 @@ class CheckpointWriter:
             needed: no later save can replace this one, as that of the best step.
         """
         began = time.monotonic()
-        self.wait()
+        self._join()
+        self.notice_failure()
         self._needed = needed
         tensors = self._copy_to_host(state.tensors())
-        copied = torch.cuda.Event() if any(tensor.is_pinned() for tensor in tensors["weights.safetensors"].values()) else None
+        copied = torch.cuda.Event() if any(tensor.is_pinned() for tensor in tensors[WEIGHTS].values()) else None
         if copied:
-            copied.record()
+            copied.record()  # on the current stream of the job's device, where the copies and the next step queue up
         facts, best_step = state.facts(), state.best_step
         self._abandon.clear()
         work = (state.step, tensors, copied, facts, history, info, best_step)
@@ -79,7 +81,8 @@ class CheckpointWriter:
         So is one that is needed: without the best step's weights the run could never be exported."""
         if self.busy and not self._uploading and not self._needed:
             self._abandon.set()
-        self.wait()
+        self._join()
+        self.notice_failure()
         if self._abandoned:
             self.last_step, self._abandoned = -1, False
 
@@ -92,22 +95,38 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Returns when no save is running. Raises: what the last one failed with."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join()
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
 
+    def notice_failure(self) -> bool:
+        """Whether a save has failed since the last call, so that the state should be saved again at once.
+
+        Raises: what it failed with, when a second try would fail too: anything but StorageError, or a second one in a row.
+        """
+        if self._failure is None or self.busy:
+            return False
+        if not isinstance(self._failure, StorageError) or self._failed_in_a_row > 1:
+            self.wait()
+        log.warning("a checkpoint failed and is tried once more", extra={"reason": str(self._failure)})
+        self._failure, self.last_step = None, -1
+        return True
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
     def _copy_to_host(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Into buffers that are allocated once, pinned for a GPU, whose copies then overlap with the next step."""
+        """Into buffers that are allocated once, pinned for a GPU: the host does not wait, and the next step queues up behind."""
         for file, content in tensors.items():
             buffers = self._buffers.setdefault(file, {})
             for name, tensor in content.items():
                 if name not in buffers:
                     on_gpu = tensor.device.type == "cuda"
                     buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=on_gpu)
-                buffers[name].copy_(tensor.detach(), non_blocking=True)
+                buffers[name].copy_(tensor.detach(), non_blocking=buffers[name].is_pinned())
         return {file: {name: self._buffers[file][name] for name in content} for file, content in tensors.items()}
 
     def _run(
@@ -137,7 +156,12 @@ class CheckpointWriter:
             self.upload_seconds = time.monotonic() - began
             self.on_saved(step, self.upload_seconds)
             self._prune(best_step)
+            self._failed_in_a_row = 0
+        except AccessError as error:  # we had access when the attempt was claimed: a token that ran out, not a wrong setting
+            self._failed_in_a_row += 1
+            self._failure = StorageError(str(error))
         except BaseException as error:  # noqa: BLE001  handed to the training thread, which raises it
+            self._failed_in_a_row += 1
             self._failure = error
         finally:
             self._uploading = False
@@ -148,5 +172,5 @@ class CheckpointWriter:
         """Too many checkpoints are no reason to end a job."""
         try:
             self._store.prune(keep=self._keep, keep_every=self._keep_every, best_step=best_step)
-        except StorageError as error:
+        except (StorageError, AccessError) as error:
             log.warning("old checkpoints were not removed", extra={"reason": str(error)})

@@ -7,7 +7,7 @@ moves in train_step alone.
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -81,10 +81,13 @@ def load_batches(
     seed: int,
     crop_scale: float,
     pin_memory: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Generator[Batch]:
     """Batches for training, in the order of samples, prepared ahead by threads.
 
-    Args: crop_scale: smallest share of an image that a random crop keeps; 1: the evaluation view instead.
+    Args:
+        crop_scale: smallest share of an image that a random crop keeps; 1: the evaluation view instead.
+        stopping: asked twice a second while a batch is not ready; true ends the batches.
     """
 
     def finish(asked: Samples, loaded: Loaded) -> Batch:
@@ -99,7 +102,15 @@ def load_batches(
 
     augment = (crop, numbers_at) if crop_scale < 1 else None
     return load_images(
-        samples, keys=keys, images=images, view=view, threads=threads, finish=finish, augment=augment, pin_memory=pin_memory
+        samples,
+        keys=keys,
+        images=images,
+        view=view,
+        threads=threads,
+        finish=finish,
+        augment=augment,
+        pin_memory=pin_memory,
+        stopping=stopping,
     )
 
 
@@ -114,6 +125,7 @@ def load_images(
     augment: tuple[Callable[[Tensor, NDArray[np.float64]], Tensor], Callable[[NDArray[np.int64]], NDArray[np.float64]]]
     | None = None,
     pin_memory: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Generator[T]:
     """What `finish` makes of the images of each batch, in order, a few batches ahead. Close the iterator to end its threads.
 
@@ -158,12 +170,25 @@ def load_images(
     try:
         for asked in samples:
             waiting.append(submit(asked))
-            if len(waiting) > min(BATCHES_AHEAD, max(1, BYTES_AHEAD // (len(asked.rows) * 3 * view.height * view.width))):
+            batch_bytes = len(asked.rows) * 3 * view.height * view.width
+            if len(waiting) >= min(BATCHES_AHEAD, max(1, BYTES_AHEAD // batch_bytes)):
+                if not _ready(waiting[0], stopping):
+                    return
                 yield waiting.popleft().result()
         while waiting:
+            if not _ready(waiting[0], stopping):
+                return
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ready(batch: Future[T], stopping: Callable[[], bool]) -> bool:
+    """Waits for a batch. False: stopping() became true first."""
+    while not wait([batch], timeout=0.5).done:
+        if stopping():
+            return False
+    return True
 
 
 def _one_torch_thread() -> None:

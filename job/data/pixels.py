@@ -63,7 +63,7 @@ def decode(data: bytes) -> Tensor:
             _refuse_bomb(*_jpeg_size(data))
             return _decode_jpeg(data)
         return _decode_with_pillow(data)
-    except BadImage:
+    except (BadImage, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001  decoders raise whatever they like on hostile bytes
         raise BadImage(str(error).splitlines()[0][:200] if str(error) else type(error).__name__) from None

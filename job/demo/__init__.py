@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from job.config import Interval
+
 FOLDER = Path(__file__).parent
 
 
@@ -17,4 +19,5 @@ def settings() -> dict[str, Any]:
         "global_batch_size": 64,
         "epochs": 15.0,
         "lr": 1e-3,
+        "checkpoint_every": Interval("seconds", 10),
     }

@@ -63,23 +63,24 @@ def evaluate_retrieval(
     """
     device = clip.shift.device
     module: Any = clip.module
-    was_training = module.training
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     total = len(held_out.keys) + len(held_out.texts)
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             image_features = []
             kept: list[int] = []
-            batches = _image_batches(held_out, images=images, view=clip.view, batch_size=batch_size, threads=threads)
+            batches = _image_batches(
+                held_out, images=images, view=clip.view, batch_size=batch_size, threads=threads, stopping=stopping
+            )
             for start, loaded in batches:
-                if stopping():
-                    batches.close()
-                    return None
                 if len(loaded.pixels):
-                    pixels = loaded.pixels.to(device, non_blocking=True)
+                    pixels = loaded.pixels.to(device)
                     image_features.append(encode_images(module, pixels, shift=clip.shift, scale=clip.scale))
                 kept.extend(start + int(at) for at in loaded.good)
                 progress(start + len(loaded.good) + len(loaded.bad), total)
+            if stopping():
+                return None
             text_features = []
             for start in range(0, len(held_out.texts), batch_size):
                 if stopping():
@@ -101,17 +102,20 @@ def evaluate_retrieval(
         )
         return {name: round(value, 6) for name, value in scores.items()}
     finally:
-        module.train(was_training)
+        for part, training in modes:  # each by itself: a locked tower is not in training
+            part.training = training
 
 
-def _image_batches(held_out: HeldOut, *, images: ImageSource, view: Any, batch_size: int, threads: int) -> Any:
+def _image_batches(
+    held_out: HeldOut, *, images: ImageSource, view: Any, batch_size: int, threads: int, stopping: Callable[[], bool]
+) -> Any:
     places = np.arange(len(held_out.keys), dtype=np.int64)
     samples = (Samples(places[at : at + batch_size], places[at : at + batch_size]) for at in range(0, len(places), batch_size))
 
     def finish(asked: Samples, loaded: Loaded) -> tuple[int, Loaded]:
         return int(asked.rows[0]), loaded
 
-    return load_images(samples, keys=held_out.keys, images=images, view=view, threads=threads, finish=finish)
+    return load_images(samples, keys=held_out.keys, images=images, view=view, threads=threads, finish=finish, stopping=stopping)
 
 
 def retrieval_scores(image_ID: Tensor, text_TD: Tensor, pairs_P2: Tensor, *, logit_scale: Tensor) -> dict[str, float]:
@@ -133,7 +137,7 @@ def retrieval_scores(image_ID: Tensor, text_TD: Tensor, pairs_P2: Tensor, *, log
     ranks, _ = _ranks(text_TD, image_ID, pairs_P2.flip(1), logit_scale=logit_scale)
     scores |= {f"image_retrieval_recall@{k}": (ranks < k).double().mean().item() for k in RANKS}
     scores["mean_recall"] = sum(scores.values()) / len(scores)
-    scores["right_caption_probability"] = probability.double().mean().item()
+    scores["right_caption_probability"] = probability.double().nan_to_num(0.0).mean().item()
     return scores
 
 
@@ -148,6 +152,6 @@ def _ranks(query_QD: Tensor, answer_AD: Tensor, pairs_P2: Tensor, *, logit_scale
         right_qA = torch.zeros_like(similarity_qA, dtype=torch.bool)
         right_qA[mine[:, 0] - start, mine[:, 1]] = True
         best_q1 = similarity_qA.masked_fill(~right_qA, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(((similarity_qA >= best_q1) & ~right_qA).sum(dim=1))
+        ranks.append((~(similarity_qA < best_q1) & ~right_qA).sum(dim=1))  # so written, what is not a number is no hit
         probabilities.append(((logit_scale * similarity_qA).softmax(dim=1) * right_qA).sum(dim=1))
     return torch.cat(ranks), torch.cat(probabilities)

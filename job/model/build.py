@@ -8,8 +8,6 @@ import contextlib
 import difflib
 import json
 import os
-import pickle
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,14 +17,13 @@ from typing import Any
 
 import open_clip
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch import Tensor, nn
 
 from job.data.captions import Tokenizer
 from job.data.pixels import View
 from job.errors import ConfigError, DataError, StorageError
-from job.storage.files import explained
+from job.model.weights import first_line, load_weights, save_weights
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -70,7 +67,7 @@ def write_base(folder: Path, *, model: str, pretrained: str, seed: int) -> None:
     torch.manual_seed(seed)
     module = _instantiate(folder, model=source)
     if weights:
-        _load_weights(module, weights, model=model)
+        load_weights(module, weights, model=model)
     _write_config(folder, model_cfg, {**preprocess_cfg, **_preprocessing(module)})
     save_weights(module.state_dict(), folder / WEIGHTS_FILE)
 
@@ -82,7 +79,7 @@ def load_base(folder: Path, *, weights: Path | None = None) -> ClipModel:
     Raises: DataError, if the files are damaged.
     """
     module = _instantiate(folder, model=str(folder))
-    _load_weights(module, str(weights or folder / WEIGHTS_FILE), model=str(folder))
+    load_weights(module, str(weights or folder / WEIGHTS_FILE), model=str(folder))
     cfg = _preprocessing(module)
     size = cfg["size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -94,12 +91,14 @@ def load_base(folder: Path, *, weights: Path | None = None) -> ClipModel:
 
 
 def prepare_towers(module: Any, *, lock_image: bool, lock_text: bool, grad_checkpointing: bool) -> None:
-    """Sets a model up for training: locked towers keep their weights and run no gradient."""
+    """Sets a model up for training. A locked tower keeps its weights and computes as in evaluation, without dropout."""
     module.train()
     if lock_image:
         module.lock_image_tower()
+        module.visual.eval()
     if lock_text:
         module.lock_text_tower()
+        (module.text if hasattr(module, "text") else module.transformer).eval()
     if grad_checkpointing:
         module.set_grad_checkpointing(True)
 
@@ -108,12 +107,6 @@ def write_export(folder: Path, *, base: Path, weights: Path) -> None:
     """A folder with the base's config and tokenizer and these weights, for open_clip's `local-dir:` and `pretrained=`."""
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns(WEIGHTS_FILE), dirs_exist_ok=True)
     shutil.copyfile(weights, folder / WEIGHTS_FILE)
-
-
-def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    """One safetensors file that open_clip loads with `pretrained=`."""
-    with explained(str(path), "writing", writing=True):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def parameter_count(model: str) -> int:
@@ -168,7 +161,7 @@ def _find(model: str, pretrained: str) -> tuple[dict[str, Any], dict[str, Any], 
     if not tag:
         return model_cfg, {}, _existing(pretrained, tags=open_clip.list_pretrained_tags_by_model(model))
     # Weights trained with QuickGELU run with any activation, but worse: the tag knows, so the user need not.
-    model_cfg["quick_gelu"] = tag.get("quick_gelu", False)
+    model_cfg["quick_gelu"] = tag.get("quick_gelu", model_cfg.get("quick_gelu", False))
     with _hub(f"the weights {pretrained} of {model}"):
         weights = open_clip.download_pretrained(tag)
     preprocess_cfg = {name: tag[name] for name in ("mean", "std", "interpolation", "resize_mode") if tag.get(name)}
@@ -201,9 +194,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _hub(what: str) -> Iterator[None]:
     try:
         yield
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ConfigError(f"The hub has no {what.removeprefix('the ')}: {first_line(error)} Check --model.") from None
     except Exception as error:  # noqa: BLE001  hub clients raise whatever their transport raises
         raise StorageError(
-            f"The hub can't be reached for {what}: {_first_line(error)}. On a machine without a network, run "
+            f"The hub can't be reached for {what}: {first_line(error)}. On a machine without a network, run "
             "`clipjob fetch TAG DIR` where there is one, copy DIR, and give it as --pretrained DIR."
         ) from None
 
@@ -254,47 +249,9 @@ def _instantiate(folder: Path, *, model: str, device: str = "cpu") -> nn.Module:
             f"local-dir:{folder}", device=device, load_weights=False, pretrained_text=False, **overrides
         )
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
-        raise ConfigError(f"open_clip can't build {model} from its config: {_first_line(error)}. Check --model.") from None
+        raise ConfigError(f"open_clip can't build {model} from its config: {first_line(error)}. Check --model.") from None
     return module
 
 
 def _preprocessing(module: Any) -> dict[str, Any]:
     return dict(module.visual.preprocess_cfg)
-
-
-def _load_weights(module: nn.Module, path: str, *, model: str) -> None:
-    """Raises: DataError, naming the file and why; nothing in a pickle is ever run."""
-    try:
-        open_clip.factory.load_checkpoint(module, path, strict=True, weights_only=True)
-    except _LOADING_ERRORS as error:
-        raise DataError(f"The weights file {path} {_fault(error, model=model)}") from None
-
-
-_LOADING_ERRORS = (
-    *(pickle.UnpicklingError, SafetensorError, OSError, RuntimeError, KeyError),
-    *(AttributeError, ValueError, EOFError, TypeError, StopIteration),
-)
-
-
-def _fault(error: Exception, *, model: str) -> str:
-    """What is wrong with a weights file and what to do, as the end of a sentence about it."""
-    text = str(error)
-    code = re.search(r"(?:GLOBAL|function) ([\w.]+)", text)
-    if isinstance(error, pickle.UnpicklingError) and code:
-        return (
-            f"is not plain tensors and was not loaded: that would run {code[1]}. If you trust it, convert it to safetensors first."
-        )
-    if "TorchScript" in text:
-        return "is a TorchScript program and was not loaded. If you trust it, save its state_dict() as safetensors first."
-    if isinstance(error, SafetensorError | pickle.UnpicklingError | EOFError) or "PytorchStreamReader" in text:
-        detail = f" ({_first_line(error)})" if isinstance(error, SafetensorError) else ""
-        return f"is damaged, or neither safetensors nor made by torch.save{detail}. Fetch it again."
-    if isinstance(error, OSError):
-        return f"can't be read: {error.strerror or error}. Check --pretrained."
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Error(s) in loading")]
-    reasons = " ".join(line if len(line) <= 150 else f"{line[:149]}…" for line in lines[:3])
-    return f"does not hold the weights of {model}: {reasons.rstrip('.')}. Check --model and --pretrained."
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from job.checkpoint.state import TrainState
 from job.data.batches import Batch
+from job.data.order import derived_key
 from job.model.build import ClipModel
 from job.model.loss import batch_scores, clip_logits, clip_loss
 from job.model.towers import encode_images, encode_texts
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
+MODEL_STREAM = 3
 _FIELDS = (
     "loss",
     "accuracy_image_to_text",
@@ -32,7 +34,6 @@ class StepReport:
     """The number of this step, from 1."""
     lr: float
     pairs: int
-    bad: tuple[tuple[str, str], ...]
     values: Tensor | None
     """(6,) float32 in the order of _FIELDS; None: too few images were left to learn from."""
 
@@ -44,7 +45,7 @@ class StepReport:
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, clip: ClipModel, lr: float, grad_clip: float, autocast: torch.dtype | None
+    state: TrainState, batch: Batch, *, clip: ClipModel, lr: float, grad_clip: float, autocast: torch.dtype | None, seed: int
 ) -> StepReport:
     """Consumes one global batch and moves the position by one.
 
@@ -52,30 +53,32 @@ def train_step(
 
     Args:
         autocast: dtype of the towers' arithmetic; None: float32.
+        seed: of what is random inside the model (dropout), which depends on it and on the step alone.
     """
+    torch.manual_seed(derived_key(seed, MODEL_STREAM, state.step))
     state.step += 1
     state.bad_samples += len(batch.bad)
     pairs = len(batch.pixels)
     if pairs < 2:  # a single pair has no negatives: nothing to learn from
-        return StepReport(state.step, lr, pairs, batch.bad, None)
+        return StepReport(state.step, lr, pairs, None)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     device = clip.shift.device
-    pixels = batch.pixels.to(device, non_blocking=True)
-    groups = [tokens.to(device, non_blocking=True) for tokens in batch.tokens.groups]
-    text_of = batch.tokens.text_of.to(device, non_blocking=True)
+    pixels = batch.pixels.to(device, non_blocking=batch.pixels.is_pinned())
+    groups = [tokens.to(device) for tokens in batch.tokens.groups]
+    text_of = batch.tokens.text_of.to(device)
     model: Any = state.model
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         image_BD = encode_images(model, pixels, shift=clip.shift, scale=clip.scale)
         text_UD = encode_texts(model, groups)
     logits_BB = clip_logits(image_BD, text_UD[text_of], model.logit_scale.exp())
     loss = clip_loss(logits_BB)
-    scores = batch_scores(logits_BB, text_of)
     gradient_norm = _update(state, loss, grad_clip)
+    scores = batch_scores(logits_BB.detach(), text_of)  # after the backward pass has given its memory back
     with torch.no_grad():
         model.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)
         values = torch.stack([loss.detach(), *scores, gradient_norm, model.logit_scale.exp().reshape(())])
-    return StepReport(state.step, lr, pairs, batch.bad, values)
+    return StepReport(state.step, lr, pairs, values)
 
 
 def _update(state: TrainState, loss: Tensor, grad_clip: float) -> Tensor:

@@ -18,7 +18,8 @@ def encode_images(model: Any, pixels_BCHW: Tensor, *, shift: Tensor, scale: Tens
         shift, scale: the model's normalisation, see ClipModel.
     Returns: float32 (B, D).
     """
-    return F.normalize(model.encode_image((pixels_BCHW - shift) * scale).float(), dim=-1)
+    normalised = pixels_BCHW.to(shift.dtype).sub_(shift).mul_(scale)  # in place: one copy in float, not three
+    return F.normalize(model.encode_image(normalised).float(), dim=-1)
 
 
 def encode_texts(model: Any, groups: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,8 @@
 """What this node can do: device, precision, threads. Asked for and absent is an error, never a silent day on the CPU."""
 
+import contextlib
 import os
+from pathlib import Path
 
 import torch
 
@@ -33,6 +35,9 @@ def _working_cuda(name: str) -> torch.device:
     advice = "Check nvidia-smi, the driver's version and the container's --gpus flag, or use --device cpu."
     try:
         device = torch.device(name)
+        if ":" not in name:
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(device)  # streams, events and pinned memory of all later code belong to it
         ones = torch.ones(8, 8, device=device)
         if (ones @ ones).sum().item() != 512:
             raise DeviceError(f"The GPU {name} computes wrong results. {advice}")
@@ -40,6 +45,15 @@ def _working_cuda(name: str) -> torch.device:
         reason = (str(error).strip().splitlines() or ["unknown"])[0]
         raise DeviceError(f"--device {name} can't be used: {reason.rstrip('.')}. {advice}") from None
     return device
+
+
+def device_failure(error: Exception) -> Exception:
+    """A DeviceError for what the GPU itself failed with (lost, ECC, a failed launch); any other error as it is."""
+    accelerator_error = getattr(torch, "AcceleratorError", None)
+    if accelerator_error is None or not isinstance(error, accelerator_error):
+        return error
+    reason = (str(error).strip().splitlines() or ["unknown"])[0]
+    return DeviceError(f"The GPU failed: {reason.rstrip('.')}. Start again on another node; dmesg and nvidia-smi -q say more here.")
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
@@ -75,4 +89,8 @@ def decode_threads(asked: int) -> int:
 
 def cores() -> int:
     """Cores that this process may use, which in a container or a Slurm job are fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no control group, or "max": no quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(allowed, -(-int(quota) // int(period))))
+    return allowed

@@ -1,6 +1,7 @@
 """The rows of one attempt's history: one per step, and one per evaluation."""
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -10,20 +11,32 @@ class Report(Protocol):
 
 
 class History:
-    """Keeps the rows of this attempt. A step's numbers are read one step late, so that the device always has work queued.
+    """Keeps the rows of this attempt. A step's numbers may be read one step late, so that a GPU always has work queued.
 
-    Args: on_row: called with each row of a step once it has been read.
+    A row's "seconds" is the time since the row before was read, which is when its step had been computed.
+
+    Args:
+        on_row: called with each row of a step once it has been read.
+        late: read one step late. False, where a step has been computed when it returns (CPU).
     """
 
-    def __init__(self, on_row: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, on_row: Callable[[dict[str, Any]], None], *, late: bool) -> None:
         self._on_row = on_row
+        self._late = late
         self._lines: list[str] = []
-        self._unread: tuple[Report, dict[str, float]] | None = None
+        self._unread: tuple[Report, float] | None = None
+        self._clock = time.monotonic()
 
-    def add(self, report: Report, **timing: float) -> None:
+    def add(self, report: Report, *, data_wait_seconds: float) -> None:
         """Takes the report of a step that has been queued, and reads the one before."""
         self.flush()
-        self._unread = (report, timing)
+        self._unread = (report, data_wait_seconds)
+        if not self._late:
+            self.flush()
+
+    def restart_clock(self) -> None:
+        """What came since the last row (an evaluation, a save) belongs to no step."""
+        self._clock = time.monotonic()
 
     def add_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self.flush()
@@ -32,8 +45,10 @@ class History:
     def flush(self) -> None:
         """Reads what is unread; waits for the device."""
         if self._unread is not None:
-            (report, timing), self._unread = self._unread, None
-            row = {"kind": "step", **report.read(), **{name: round(value, 6) for name, value in timing.items()}}
+            (report, data_wait), self._unread = self._unread, None
+            row = {"kind": "step", **report.read(), "data_wait_seconds": round(data_wait, 6)}
+            row["seconds"] = round(time.monotonic() - self._clock, 6)
+            self._clock = time.monotonic()
             self._lines.append(json.dumps(row) + "\n")
             self._on_row(row)
 

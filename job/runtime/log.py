@@ -51,7 +51,7 @@ def set_up_logging() -> None:
     terminal = sys.stderr.isatty()
     handler = _AboveLiveLine() if terminal else logging.StreamHandler()
     handler.setFormatter(ShortLines() if terminal else JsonLines())
+    handler.addFilter(lambda record: record.name != "root" or record.levelno >= logging.ERROR)  # open_clip warns of normal cases
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("job").setLevel(logging.INFO)
-    logging.getLogger("root").setLevel(logging.ERROR)  # open_clip logs through the root logger, warnings for normal cases
     logging.captureWarnings(True)
