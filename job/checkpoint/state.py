@@ -107,6 +107,8 @@ def write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], facts: dict
     """Writes the files of a checkpoint from tensors in host memory. Returns: file name -> path."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in tensors.items():
-        save_file(content, folder / name, metadata={"format": "pt", "clipjob": str(FORMAT)})
+        save_file(content, folder / name, metadata={"format": "pt"})  # one entry: safetensors writes several in any order
     (folder / FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    for name in tensors:  # safetensors makes its files private; another user id may have to resume this run
+        (folder / name).chmod((folder / FACTS).stat().st_mode)
     return {name: folder / name for name in (*tensors, FACTS)}
