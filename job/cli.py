@@ -171,9 +171,10 @@ def fetch(tag: str, folder: Path, model: str) -> int:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(run: str, yes: bool) -> int:
     """Remove a run with all its checkpoints and exports."""
-    from job.checkpoint.store import remove_run
+    from job.checkpoint.store import check_is_run, remove_run
 
     uri = _local_or_uri(run)
+    check_is_run(uri)
     try:
         sure = yes or click.confirm(f"Remove {uri} with all its checkpoints and exported models?")
     except click.Abort:  # nobody is there to answer
@@ -222,5 +223,5 @@ def _train(stop: StopSignal, given: dict[str, Any]) -> int:
     else:
         sys.stderr.write("clipjob: this run is complete. For more training start a new run with --init-from.\n")
     if result is not None:
-        click.echo(result_table(result))
+        click.echo(result_table(result, run=config.run))
     return 0

@@ -8,6 +8,7 @@ from job.checkpoint.commit import Commit, Rejection
 from job.checkpoint.store import RunStore
 from job.checkpoint.transfer import receive
 from job.errors import ConfigError
+from job.result import result_table
 from job.settings import settings_of
 from job.storage import files
 
@@ -66,8 +67,12 @@ def to_text(found: dict[str, Any]) -> str:
     lines += ["" if found["checkpoints"] else "  none", "attempts"]
     for attempt in found["attempts"]:
         end = attempt["end"] or {}
-        how = f"exit {end['exit_code']}: {end['reason']}" if end else "running, or killed"
+        newest = attempt is found["attempts"][-1] and not found["complete"]
+        unknown = "running, or killed" if newest else "killed"
+        how = f"exit {end['exit_code']}: {end['reason']}" if end else unknown
         lines.append(f"  {attempt['attempt']:>3}  {attempt.get('host', '?')}  {attempt.get('device', '?')}  {how}")
+    if found["result"]:
+        lines += ["", result_table(found["result"], run=found["run"])]
     lines += ["", "config"]
     lines += [f"  {name} = {value}" for name, value in found["config"].items() if value not in ("", False)]
     return "\n".join(lines)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from job.storage import files
+
 ROWS = {
     "image_retrieval_recall@1": "text -> image, recall@1",
     "image_retrieval_recall@5": "text -> image, recall@5",
@@ -13,8 +15,14 @@ ROWS = {
 }
 
 
-def result_table(result: dict[str, Any]) -> str:
-    """The result of a complete run as text. Args: result: the content of result.json."""
+def result_table(result: dict[str, Any], *, run: str) -> str:
+    """The result of a complete run as text.
+
+    Args:
+        result: the content of result.json.
+        run: where the run lies now; it may have been moved since.
+    """
+    export = files.join(run, "export", result["export"].rstrip("/").rsplit("/", 1)[-1])
     lines = []
     before, after = result["before"], result["after"]
     if after:
@@ -28,8 +36,8 @@ def result_table(result: dict[str, Any]) -> str:
     attempts = "1 attempt" if result["attempts"] == 1 else f"{result['attempts']} attempts"
     lines.append(f"{result['step']} steps, {result['samples_seen']} samples, {result['seconds']:.0f} s in {attempts}{rate}")
     best = f" (best, step {result['best_step']})" if result["best_step"] is not None else ""
-    lines.append(f"model{best}: {result['export']}")
-    folder = result["export"] if "://" not in result["export"] else "FOLDER"
+    lines.append(f"model{best}: {export}")
+    folder = export if "://" not in export else "FOLDER"
     copy = "" if folder != "FOLDER" else ", once it is copied to FOLDER"
     lines.append(f"load it with open_clip{copy}:")
     lines.append(f'    model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}")')

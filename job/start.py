@@ -109,9 +109,15 @@ def read_data(config: Config, *, check: bool = True) -> tuple[Config, Dataset]:
         for problem in quick_check(
             manifest, images, training=dataset.train_rows, global_batch_size=batch_size, max_bad_samples=limit
         ):
-            log.warning(problem.text)
+            log.warning(problem.text, extra={"problem": problem.name})
         if val_manifest is not None:
             rows = dataset.held_out_rows
+            held_out_keys = set(val_manifest.keys)
+            if shared := len(held_out_keys & {key for key in manifest.keys if key in held_out_keys}):
+                log.warning(
+                    "images of --val-csv are also in --csv, so scores will be too good",
+                    extra={"problem": "held-out-images-in-training", "images": shared},
+                )
             try:
                 for problem in quick_check(
                     val_manifest, dataset.held_out_images, training=rows, global_batch_size=1, max_bad_samples=limit

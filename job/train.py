@@ -283,8 +283,9 @@ def evaluation(config: Config, dataset: Dataset, clip: ClipModel, stop: StopSign
 
 def too_many_bad_samples(state: TrainState, config: Config) -> DataError:
     return DataError(
-        f"{state.bad_samples} of {state.step * config.global_batch_size} images could not be decoded, more than "
-        f"--max-bad-samples {config.max_bad_samples:g} allows; the log names them, and `clipjob check --all` lists them all. "
+        f"An image was missing or could not be decoded {state.bad_samples} times in "
+        f"{state.step * config.global_batch_size} samples, more than --max-bad-samples {config.max_bad_samples:g} allows. "
+        "The log names the keys, and `clipjob check --all` lists them all. "
         f"The run is saved at step {state.step}: go on with a higher --max-bad-samples, or mend the LMDB and start a new run."
     )
 

@@ -33,7 +33,7 @@ def test_flags_in_readme_exist() -> None:
 
 
 def test_commands_in_readme_exist() -> None:
-    used = set(re.findall(r"^ +clipjob (\w+)|`clipjob (\w+)", README, flags=re.MULTILINE))
+    used = set(re.findall(r"^ +clipjob (\w+)|`(?:\.venv/bin/)?clipjob (\w+)", README, flags=re.MULTILINE))
     used = {first or second for first, second in used}
     assert {"train", "check", "pack", "inspect", "fetch"} <= used
     assert used <= set(cli.commands)

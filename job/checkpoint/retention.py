@@ -81,15 +81,7 @@ def remove_run(uri: str) -> int:
 
     Raises: ConfigError, when this is not a run.
     """
-    listed = files.list_files(uri)
-    known = any(map(CLAIM_NAME.fullmatch, by_folder(listed).get("attempts", {})))
-    with contextlib.suppress(Rejection, FileNotFoundError):
-        read(files.join(uri, "config.json"))
-        known = True
-    if not known:
-        raise ConfigError(
-            f"{files.shown(uri)} is not a run of clipjob: {len(listed)} objects, no config.json of ours, no attempts. Nothing done."
-        )
+    listed = check_is_run(uri)
     removed = 0
     for part in LAYOUT:
         removed += sum(name == part or name.startswith(part + "/") for name in listed)
@@ -107,3 +99,17 @@ def by_folder(listed: Mapping[str, int]) -> dict[str, dict[str, int]]:
         folder, _, name = path.partition("/")
         found.setdefault(folder, {})[name] = size
     return found
+
+
+def check_is_run(uri: str) -> dict[str, int]:
+    """The objects of a run, as `files.list_files` gives them. Raises: ConfigError, when this is not a run."""
+    listed = files.list_files(uri)
+    known = any(map(CLAIM_NAME.fullmatch, by_folder(listed).get("attempts", {})))
+    with contextlib.suppress(Rejection, FileNotFoundError):
+        read(files.join(uri, "config.json"))
+        known = True
+    if not known:
+        raise ConfigError(
+            f"{files.shown(uri)} is not a run of clipjob: {len(listed)} objects, no config.json of ours, no attempts. Nothing done."
+        )
+    return listed

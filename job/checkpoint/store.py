@@ -32,12 +32,12 @@ from job.checkpoint.commit import (
     read_commit,
     readable_commits,
 )
-from job.checkpoint.retention import prune, remove_run
+from job.checkpoint.retention import check_is_run, prune, remove_run
 from job.checkpoint.transfer import COMPLETE, fetch_folder, put_folder, receive, send
 from job.errors import JobError, ResumeError, StorageError, Superseded
 from job.storage import files
 
-__all__ = ["FORMAT", "Commit", "FileRecord", "Restored", "RunStore", "remove_run"]
+__all__ = ["FORMAT", "Commit", "FileRecord", "Restored", "RunStore", "check_is_run", "remove_run"]
 
 logger = logging.getLogger(__name__)
 CLAIM_TRIES = 100

@@ -154,7 +154,7 @@ def _finished(output: Path, job: dict[str, Any]) -> PackResult:
     except (OSError, ValueError):
         raise ConfigError(f"{output} exists, and clipjob pack did not make it. Remove it, or choose another output.") from None
     if different := [name for name, value in job.items() if before.get(name) != value]:
-        raise ConfigError(f"{output} exists, packed with another {', '.join(different)}. Remove it, or choose another output.")
+        raise ConfigError(f"{output} exists, packed with another {_words(different)}. Remove it, or choose another output.")
     bad = tuple((key, why) for key, why in before["left_out"])
     file = output / "data.mdb"
     with lmdb.open(str(file), subdir=False, readonly=True, create=False, lock=False) as environment:
@@ -179,7 +179,7 @@ def _claimed(partial: Path, job: dict[str, Any], *, csv_output: Path | None) -> 
             # The listing may differ: files may come and go between two attempts.
             if different := [name for name, value in job.items() if name != "keys_sha256" and before.get(name) != value]:
                 raise ConfigError(
-                    f"{partial} is an unfinished pack with another {', '.join(different)}. Repeat its own command to finish it, "
+                    f"{partial} is an unfinished pack with another {_words(different)}. Repeat its own command to finish it, "
                     "or remove it."
                 )
         _write_text(file, json.dumps(job))
@@ -213,3 +213,7 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _words(names: list[str]) -> str:
+    return ", ".join({"keys_sha256": "list of images"}.get(name, name) for name in names)

@@ -141,6 +141,7 @@ def _check_share(bad: list[tuple[str, str]], total: int, allowed: float) -> None
         return
     named = "; ".join(f"{key!r}: {why}" for key, why in bad[:5])
     raise DataError(
-        f"{len(bad)} of {total} images can't be read or decoded, and --max-bad-samples allows a share of {allowed:g}: {named}"
-        f"{'; …' if len(bad) > 5 else ''}. Replace or remove them; what is packed already is kept for the next attempt."
+        f"{len(bad)} of the images tried can't be read or decoded ({total} in all), and --max-bad-samples allows a share of "
+        f"{allowed:g}: {named}{'; …' if len(bad) > 5 else ''}. Replace or remove such files (of a CSV's images, --folder says "
+        "where they lie), or raise --max-bad-samples to see them all; what is packed already is kept for the next attempt."
     )

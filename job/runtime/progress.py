@@ -51,7 +51,7 @@ class Progress:
             log.info(
                 "step",
                 extra={
-                    **{name: value for name, value in row.items() if name not in ("seconds", "data_wait_seconds", "pairs")},
+                    **{name: value for name, value in row.items() if name not in ("kind", "seconds", "data_wait_seconds", "pairs")},
                     "steps": self._steps,
                     "epoch": round(row["step"] / self._steps_per_epoch, 3),
                     "samples_per_second": round(self._samples / max(elapsed, 1e-9), 2),
