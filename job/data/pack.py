@@ -23,6 +23,7 @@ from job.data.manifest import AUTO, read_manifest
 from job.data.pack_images import EXTENSIONS, caption_of, encode_image
 from job.data.pack_lmdb import BadImages, fill
 from job.errors import ConfigError, DataError, StorageError
+from job.storage import local as disk
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ def pack(
             if csv_output:
                 _write_csv(csv_output, files, left_out=bad)
             _write_text(partial / "pack.json", json.dumps(job | {"left_out": bad}))
-            _sync_folder(partial)
+            disk.sync_folder(partial)
             partial.rename(output)
-            _sync_folder(output.parent)
+            disk.sync_folder(output.parent)
             (output / "pack.lock").unlink()
             return PackResult(len(keys) - len(bad), added, bad, source_bytes, (output / "data.mdb").stat().st_size)
     except (OSError, lmdb.Error) as error:
@@ -197,22 +198,7 @@ def _write_csv(path: Path, files: dict[str, Path], *, left_out: BadImages) -> No
 
 def _write_text(path: Path, text: str) -> None:
     """All of the text or nothing, on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    disk.place(path, lambda temporary: disk.write(temporary, text.encode()))
 
 
 def _words(names: list[str]) -> str:

@@ -23,7 +23,7 @@ def place(target: Path, fill: Callable[[Path], None], *, put: Callable[[Path, Pa
         put(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)  # after a rename there is nothing
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def create(target: Path, data: bytes) -> bool:
@@ -62,7 +62,7 @@ def rename(source: Path, target: Path) -> bool:
         if error.errno != errno.EXDEV:
             raise
         return False
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     return True
 
 
@@ -95,7 +95,7 @@ def _make_folder(folder: Path) -> None:
         _make_folder(folder.parent)
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
 
 
 def _sync(path: Path) -> None:
@@ -107,7 +107,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Waits until a folder's names are on the disk, where that is possible: some file systems can't, and a folder that
     may be written but not read can't be opened."""
     try:
