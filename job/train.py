@@ -149,7 +149,7 @@ def run_steps(
             count_nonfinite(state, row)
             progress.step(row, samples=batch_size)
 
-        history = History(on_row, late=device.type == "cuda")
+        history = History(on_row)
         named: set[str] = set()  # images that can't be decoded, each told once
 
         def save(*, needed: bool = False) -> None:

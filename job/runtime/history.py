@@ -11,18 +11,15 @@ class Report(Protocol):
 
 
 class History:
-    """Keeps the rows of this attempt. A step's numbers may be read one step late, so that a GPU always has work queued.
+    """Keeps the rows of this attempt. A step's numbers are read one step late, so that a GPU always has work queued.
 
-    A row's "seconds" is the time since the row before was read, which is when its step had been computed.
+    A row's "seconds" is the time since the row before was read: on a GPU, where steps are queued, what one step takes.
 
-    Args:
-        on_row: called with each row of a step once it has been read.
-        late: read one step late. False, where a step has been computed when it returns (CPU).
+    Args: on_row: called with each row of a step once it has been read.
     """
 
-    def __init__(self, on_row: Callable[[dict[str, Any]], None], *, late: bool) -> None:
+    def __init__(self, on_row: Callable[[dict[str, Any]], None]) -> None:
         self._on_row = on_row
-        self._late = late
         self._lines: list[str] = []
         self._unread: tuple[Report, float] | None = None
         self._clock = time.monotonic()
@@ -31,8 +28,6 @@ class History:
         """Takes the report of a step that has been queued, and reads the one before."""
         self.flush()
         self._unread = (report, data_wait_seconds)
-        if not self._late:
-            self.flush()
 
     def restart_clock(self) -> None:
         """What came since the last row (an evaluation, a save) belongs to no step."""
