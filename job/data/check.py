@@ -18,7 +18,7 @@ from job.errors import DataError
 
 SAMPLED_IMAGES = 500
 SAMPLED_CAPTIONS = 20_000
-SAMPLED_KEYS = 2_000
+SAMPLED_KEYS = 1_000
 """By quick_check. Each looked-up key maps 64 KB of the LMDB into memory, and costs a seek on a cold disk."""
 
 
