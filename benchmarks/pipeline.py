@@ -23,6 +23,7 @@ from job.data.manifest import Column
 from job.data.order import batches_from, rows_at
 from job.data.pack import pack
 from job.data.pixels import View
+from job.runtime.memory import keep_freed_memory
 
 BASELINE = "PIL + open_clip's train transform"
 RAW, PACKED = "clipjob, raw JPEGs", "clipjob, packed to 256 pixels"
@@ -98,6 +99,7 @@ def captions_of(count: int) -> Captions:
 def main() -> int:
     args = arguments(__doc__ or "", repeats=9).parse_args()
     count = 128 if args.quick else 1024
+    keep_freed_memory()  # as `clipjob train` does; it serves the baseline as well
     torch.set_num_threads(1)  # else the baseline pays for OpenMP threads that wait; clipjob's decode threads do the same
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)

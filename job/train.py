@@ -39,6 +39,7 @@ from job.model.step import count_nonfinite, train_step
 from job.model.towers import lengths_of
 from job.runtime.device import autocast_dtype, choose_device, choose_precision, cores, decode_threads, device_failure
 from job.runtime.history import History
+from job.runtime.memory import keep_freed_memory
 from job.runtime.progress import Progress
 from job.runtime.schedule import CheckpointClock, due_at_step
 from job.runtime.stop import StopSignal
@@ -67,6 +68,7 @@ def train(config: Config, *, store: RunStore, stop: StopSignal) -> Outcome:
     device = choose_device(config.device)
     config = replace(config, precision=choose_precision(config.precision, device), torch_threads=config.torch_threads or cores())
     torch.set_num_threads(config.torch_threads)
+    keep_freed_memory()
     with working_folder(config.scratch, run=config.run) as scratch:
         return run_attempt(config, store=store, stop=stop, device=device, scratch=scratch, started=started)
 

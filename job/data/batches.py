@@ -148,7 +148,8 @@ def load_images(
 
     def submit(asked: Samples) -> Future[T]:
         names = [keys[int(row)] for row in asked.rows]
-        slots = torch.empty((len(names), 3, view.height, view.width), dtype=torch.uint8, pin_memory=pin_memory)
+        # A pixel's colours lie side by side, as decoders and resize have them; the device, which is faster, rearranges them.
+        slots = torch.empty((len(names), view.height, view.width, 3), dtype=torch.uint8, pin_memory=pin_memory).permute(0, 3, 1, 2)
         numbers = augment[1](asked.positions) if augment else None
 
         def load_chunk(start: int) -> list[str]:

@@ -20,6 +20,7 @@ try:
     import torchvision.io as torchvision_io
 
     warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
+    warnings.filterwarnings("ignore", message="The given buffer is not writable")
 except ImportError:
     torchvision_io = None
 
@@ -72,7 +73,7 @@ def decode(data: bytes) -> Tensor:
 def _decode_jpeg(data: bytes) -> Tensor:
     if torchvision_io is None:
         return _decode_with_pillow(data)
-    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    raw = torch.frombuffer(data, dtype=torch.uint8)  # not writable, which torch warns of; the decoder only reads
     decoded: Tensor = torchvision_io.decode_jpeg(raw, mode=torchvision_io.ImageReadMode.RGB, apply_exif_orientation=True)
     return decoded
 
@@ -127,13 +128,14 @@ def crop_box(height: int, width: int, *, numbers: NDArray[np.float64], smallest:
 
     The same distribution as torchvision's RandomResizedCrop, whose fallback it shares: the largest centre crop within the ratios.
     """
-    for area_number, ratio_number in zip(numbers[0 : 2 * CROP_TRIES : 2], numbers[1 : 2 * CROP_TRIES : 2], strict=True):
-        area = height * width * (smallest + (1 - smallest) * float(area_number))
-        ratio = math.exp(_LOG_RATIO[0] + (_LOG_RATIO[1] - _LOG_RATIO[0]) * float(ratio_number))
+    *tries, top_number, left_number = numbers.tolist()
+    for area_number, ratio_number in zip(tries[0::2], tries[1::2], strict=True):
+        area = height * width * (smallest + (1 - smallest) * area_number)
+        ratio = math.exp(_LOG_RATIO[0] + (_LOG_RATIO[1] - _LOG_RATIO[0]) * ratio_number)
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(float(numbers[-2]) * (height - crop_height + 1))
-            left = int(float(numbers[-1]) * (width - crop_width + 1))
+            top = int(top_number * (height - crop_height + 1))
+            left = int(left_number * (width - crop_width + 1))
             return top, left, crop_height, crop_width
     crop_width = min(width, max(1, round(height * 4 / 3)))
     crop_height = min(height, max(1, round(width * 4 / 3)))
@@ -170,4 +172,19 @@ def _centred(image: Tensor, view: View) -> Tensor:
 def _resize(image: Tensor, height: int, width: int, interpolation: str) -> Tensor:
     if tuple(image.shape[1:]) == (height, width):
         return image
-    return torch.nn.functional.interpolate(image[None], size=(height, width), mode=interpolation, antialias=True)[0]
+    resized: Tensor = torch.nn.functional.interpolate(
+        _side_by_side(image), size=(height, width), mode=interpolation, antialias=True
+    )
+    return resized[0]
+
+
+def _side_by_side(image: Tensor) -> Tensor:
+    """(1, 3, H, W) with a pixel's colours side by side in memory, the one layout that torch's resize takes as it is.
+
+    Of a cut through such an image whole rows are copied: torch's own copy goes byte by byte and takes twice as long.
+    """
+    rows = image.permute(1, 2, 0)
+    height, width, _ = rows.shape
+    if rows.stride()[1:] == (3, 1) and rows.stride(0) != 3 * width:
+        rows = rows.as_strided((height, 3 * width), (rows.stride(0), 1), rows.storage_offset()).contiguous().view(height, width, 3)
+    return rows.contiguous()[None].permute(0, 3, 1, 2)

@@ -18,7 +18,9 @@ def encode_images(model: Any, pixels_BCHW: Tensor, *, shift: Tensor, scale: Tens
         shift, scale: the model's normalisation, see ClipModel.
     Returns: float32 (B, D).
     """
-    normalised = pixels_BCHW.to(shift.dtype).sub_(shift).mul_(scale)  # in place: one copy in float, not three
+    normalised = (
+        pixels_BCHW.to(shift.dtype, memory_format=torch.contiguous_format).sub_(shift).mul_(scale)
+    )  # one copy in float, not three
     return F.normalize(model.encode_image(normalised).float(), dim=-1)
 
 
