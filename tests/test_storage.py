@@ -18,7 +18,7 @@ import pytest
 from s3server import BUCKET, KEY, SECRET, S3Server, use_s3
 
 from job.errors import AccessError, ConfigError, JobError, StorageError
-from job.storage import files, local, remote
+from job.storage import explain, files, local, remote
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -387,14 +387,14 @@ def test_an_unknown_kind_of_uri_is_2() -> None:
 
 
 def test_messages_never_show_passwords_or_signatures() -> None:
-    text = remote.shown("GET https://user:p@ss@host/x?X-Amz-Signature=abc&X-Amz-Credential=def&a=1 failed")
+    text = explain.shown("GET https://user:p@ss@host/x?X-Amz-Signature=abc&X-Amz-Credential=def&a=1 failed")
     assert text == "GET https://***@host/x?X-Amz-Signature=***&X-Amz-Credential=***&a=1 failed"
 
 
 def test_bugs_of_ours_stay_what_they_are() -> None:
-    with pytest.raises(TypeError), remote.explained("x", "reading"):
+    with pytest.raises(TypeError), explain.explained("x", "reading"):
         raise TypeError("ours")
-    with pytest.raises(JobError, match="as it was"), remote.explained("x", "reading"):
+    with pytest.raises(JobError, match="as it was"), explain.explained("x", "reading"):
         raise StorageError("as it was")
 
 

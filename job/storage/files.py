@@ -13,8 +13,9 @@ from pathlib import Path
 
 from job.errors import StorageError
 from job.storage import local as disk
+from job.storage.explain import explained, shown
 from job.storage.remote import create_bytes as create_remote
-from job.storage.remote import explained, open_uri, put_file, shown
+from job.storage.remote import open_uri, put_file
 
 __all__ = [
     "FileInfo",
