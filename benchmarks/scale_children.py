@@ -33,12 +33,14 @@ def first_batch(csv: Path, lmdb: Path) -> dict[str, Any]:
     from job.data.captions import Captions
     from job.data.order import batches_from, rows_at
     from job.data.pixels import View
+    from job.inputs import read_data, staging_area
     from job.runtime.device import decode_threads
-    from job.start import read_data
 
     imports_bytes, imports_mapped_bytes = rss_bytes(), mapped_bytes()
     began = time.perf_counter()
-    config, dataset = read_data(Config(csv=str(csv), lmdb=str(lmdb), val_fraction=VAL_FRACTION))
+    config = Config(csv=str(csv), lmdb=str(lmdb), val_fraction=VAL_FRACTION)
+    with staging_area(config, check=lambda: None) as staging:
+        config, dataset = read_data(config, staging)
     captions = Captions(
         dataset.manifest.captions,
         open_clip.get_tokenizer("ViT-B-32"),

@@ -37,9 +37,8 @@ def settings(function: AnyFunction) -> AnyFunction:
         if field_type(name) is bool:
             add = click.option(f"{flag(name)}/--no-{flag(name)[2:]}", name, default=None, help=text)
         else:
-            add = click.option(
-                flag(name), name, type=Setting(name), default=None, metavar=type_name(name).upper(), help=text + shown
-            )
+            kind = {"type": Setting(name), "multiple": spec.metadata["repeats"], "metavar": type_name(name).upper()}
+            add = click.option(flag(name), name, default=None, help=text + shown, **kind)
         function = add(function)
     config = click.option(
         "--config", "config_file", default="", metavar="FILE", help="TOML file of settings. [env: CLIPJOB_CONFIG]"
@@ -55,6 +54,7 @@ def cli() -> None:
     \b
     clipjob demo                                    see it work, on images that come with it
     clipjob check --csv data.csv --lmdb images.lmdb   what is wrong with the data
+    clipjob check --run s3://bucket/run             what the run's storage can't do
     clipjob train --csv data.csv --lmdb images.lmdb --run runs/first --pretrained laion2b_s34b_b79k
 
     The same command starts a run and goes on with it. Every flag may also be set as CLIPJOB_<NAME> or in a TOML file.
@@ -87,15 +87,30 @@ def demo(stop: StopSignal, /, config_file: str, **flags: Any) -> int:
 @click.option("--all", "all_images", is_flag=True, help="Decode every image instead of a sample.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(config_file: str, all_images: bool, as_json: bool, **flags: Any) -> int:
-    """Say what is wrong with the data and what the job will take, before it starts. Exit code 65: the job would fail."""
-    from job.data.check_report import render_table
+    """Say what is wrong with the data and the storage, and what the job will take, before it starts.
+
+    With --run, tries every operation on its storage that the job needs; with --run alone, nothing else. Exit code 65: the job
+    would fail for its data; 77 or 69: for its storage.
+    """
+    from job.data.check_report import Report, render_table
     from job.runtime.log import set_up_logging
-    from job.start import check_job
+    from job.storage import options
+    from job.storage.probe import probe
 
     set_up_logging()
-    report = check_job(resolve({"run": "", **_given(flags, config_file)}, require_run=False), all_images=all_images)
+    given = {"run": "", **_given(flags, config_file)}
+    data_too = bool(given.get("csv") or given.get("lmdb") or not given["run"])
+    config = resolve(given, require_run=False) if data_too else None  # what is missing is told before anything is tried
+    options.configure(options.parse(given.get("storage_option", "")))
+    storage = probe(given["run"]) if given["run"] else []
+    report = Report({}, [], storage)
+    if config:
+        from job.inputs import check_job
+
+        of_data = check_job(config, all_images=all_images)
+        report = Report(of_data.facts, of_data.problems, storage)
     click.echo(report.to_json() if as_json else render_table(report))
-    return 0 if report.ok else 65
+    return report.exit_code
 
 
 @cli.command()
@@ -142,7 +157,7 @@ def inspect(run: str, as_json: bool, verify: bool) -> int:
     """Show a run: config, attempts, checkpoints (verified), progress."""
     from job.inspect_run import inspect_run, to_text
 
-    found = inspect_run(_local_or_uri(run), verify=verify)
+    found = inspect_run(_run_uri(run), verify=verify)
     click.echo(json.dumps(found, indent=2) if as_json else to_text(found))
     return 0
 
@@ -173,7 +188,7 @@ def rm(run: str, yes: bool) -> int:
     """Remove a run with all its checkpoints and exports."""
     from job.checkpoint.store import check_is_run, remove_run
 
-    uri = _local_or_uri(run)
+    uri = _run_uri(run)
     check_is_run(uri)
     try:
         sure = yes or click.confirm(f"Remove {uri} with all its checkpoints and exported models?")
@@ -188,11 +203,17 @@ def rm(run: str, yes: bool) -> int:
 
 def _given(flags: dict[str, Any], config_file: str) -> dict[str, Any]:
     """What the user asked for, by any way of asking."""
-    asked = {name: value for name, value in flags.items() if value is not None}
+    asked = {
+        name: ",".join(value) if isinstance(value, tuple) else value for name, value in flags.items() if value not in (None, ())
+    }
     return merge(flags=asked, environ=os.environ, config_file=config_file or os.environ.get("CLIPJOB_CONFIG", ""))
 
 
-def _local_or_uri(run: str) -> str:
+def _run_uri(run: str) -> str:
+    """A run named on the command line. What its store has to be told stands in the environment then."""
+    from job.storage.options import configure_storage
+
+    configure_storage(os.environ.get("CLIPJOB_STORAGE_OPTION", ""))
     return run if "://" in run else str(Path(run).expanduser().absolute())
 
 
@@ -200,13 +221,16 @@ def _train(stop: StopSignal, given: dict[str, Any]) -> int:
     from job.checkpoint.store import RunStore
     from job.result import result_table
     from job.runtime.log import set_up_logging
+    from job.storage.options import configure_storage
 
     set_up_logging()
     if not given.get("run"):
         raise ConfigError("Missing --run: the folder or URI of this run, the same for every attempt.")
+    configure_storage(given.get("storage_option", ""))
     store = RunStore(given["run"])
     stored = store.load_config()
     config = resolve(given, settings_of(stored))
+    configure_storage(config.storage_option)
     result = store.result()
     if result is None:
         stop.check("starting")

@@ -58,8 +58,10 @@ def option(
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
+    repeats: bool = False,
 ) -> Any:
-    """One field of Config. may_change: a restart of the same run may give another value."""
+    """One field of Config. may_change: a restart of the same run may give another value. repeats: so may its flag; what is
+    given is joined by commas."""
     metadata = {
         "help": help_text,
         "may_change": may_change,
@@ -67,6 +69,7 @@ def option(
         "at_least": at_least,
         "above": above,
         "at_most": at_most,
+        "repeats": repeats,
     }
     return field(default=default, metadata=metadata)
 
@@ -83,6 +86,26 @@ class Config:
     val_lmdb: str = option("", "LMDB of the held-out images; default: --lmdb.", may_change=True)
     scratch: str = option(
         "", "Local folder for staged files; default: clipjob-<user id> in the system's temporary folder.", may_change=True
+    )
+
+    scratch_limit: str = option(
+        "",
+        "Most bytes of staged files to keep there, such as 200GB; the oldest go first. Empty: what the disk holds.",
+        may_change=True,
+    )
+    keep_staged: bool = option(
+        False, "Keep staged files when the run is complete, for other runs on this node with the same data.", may_change=True
+    )
+    storage_option: str = option(
+        "",
+        "key=value for every request to the store, such as RequestPayer=requester or ServerSideEncryption=aws:kms; repeatable.",
+        may_change=True,
+        repeats=True,
+    )
+    storage_patience: Interval = option(
+        Interval("seconds", 7200),
+        "How long checkpoints may wait locally for a store that fails; training goes on.",
+        may_change=True,
     )
 
     # Reading the data
@@ -143,6 +166,13 @@ class Config:
     # Running
     threads: int = option(0, "Threads that decode images; 0: one per core, 16 at most.", at_least=0, may_change=True)
     torch_threads: int = option(0, "Threads of torch on the CPU; 0: one per core. The bits of a run depend on it.", at_least=0)
+    metrics_port: int = option(
+        9465,
+        "Port of /metrics for Prometheus; taken: a free one, which the log names. 0: none.",
+        at_least=0,
+        at_most=65535,
+        may_change=True,
+    )
     log_every: Interval = option(Interval("seconds", 10), "Interval of log lines, where there is no terminal.", may_change=True)
 
     def __post_init__(self) -> None:
@@ -159,10 +189,24 @@ class Config:
                 f"--evaluate-every must be counted in steps or epochs (200, 1ep); found {self.evaluate_every}. "
                 "By the clock, the best checkpoint would depend on the machine's speed."
             )
+        if self.storage_patience.kind not in ("seconds", "never"):
+            raise ConfigError(f"--storage-patience must be a time (30s, 10m, 2h) or 0; found {self.storage_patience}.")
+        _ = self.scratch_limit_bytes
         if self.lock_image and self.lock_text:
             raise ConfigError("--lock-image and --lock-text together leave nothing to train; give one of them.")
         if self.init_from and self.pretrained:
             raise ConfigError("--init-from and --pretrained both name the first weights; give one of them.")
+
+    @property
+    def scratch_limit_bytes(self) -> int | None:
+        """None: no limit. Raises: ConfigError, when --scratch-limit is no number of bytes."""
+        if not self.scratch_limit:
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)", self.scratch_limit.strip().lower())
+        if not match:
+            raise ConfigError(f"--scratch-limit must be bytes, such as 200GB or 500GiB; found {self.scratch_limit!r}.")
+        power = " kmgt".index(match[2] or " ")
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values, intervals as text."""

@@ -78,13 +78,21 @@ def merge(*, flags: Mapping[str, Any], environ: Mapping[str, str], config_file: 
     given = {**(from_toml(config_file) if config_file else {}), **from_environment(environ), **flags}
     for name in ("run", "csv", "lmdb", "val_csv", "val_lmdb", "scratch", "init_from"):
         if given.get(name) and "://" not in given[name]:
-            given[name] = os.path.abspath(os.path.expanduser(given[name]))
+            given[name] = _absolute(given[name], several=name in ("lmdb", "val_lmdb"))
         elif given.get(name) and not given[name].split("://")[1].strip("/"):
             raise ConfigError(f"{flag(name)} {given[name]} names no place. Give all of it, such as s3://bucket/folder.")
     for name in ("model", "pretrained"):  # a name of open_clip, unless there is such a file
         if given.get(name) and os.path.exists(given[name]):
             given[name] = os.path.abspath(given[name])
     return given
+
+
+def _absolute(path: str, *, several: bool) -> str:
+    """A local path from the root. Args: several: it may be several with commas between, unless there is such a file."""
+    whole = os.path.abspath(os.path.expanduser(path))
+    if not several or "," not in path or os.path.exists(whole):
+        return whole
+    return ",".join(os.path.abspath(os.path.expanduser(part.strip())) for part in path.split(",") if part.strip())
 
 
 def resolve(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, *, require_run: bool = True) -> Config:

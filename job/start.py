@@ -1,8 +1,9 @@
-"""What an attempt does before its first step, in the order in which train.py calls it. A part of train.py by rank."""
+"""What an attempt does and builds before its first step, in the order in which train.py calls it. A part of train.py by rank."""
 
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -10,34 +11,37 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import torch
 
 import job
 from job.checkpoint.retention import LAYOUT
+from job.checkpoint.state import TrainState
 from job.checkpoint.store import FORMAT, RunStore
-from job.config import AUTO, FIELDS, Config, flag
-from job.data.captions import find_tag_separator, full_lengths
-from job.data.check import check_data, quick_check
-from job.data.check_report import Report
-from job.data.dataset import Dataset, make_dataset
-from job.data.images import open_images
-from job.data.manifest import Manifest, read_manifest
-from job.data.pixels import decode
-from job.data.staging import stage_file, stage_lmdb
+from job.config import FIELDS, Config, flag
+from job.data.batches import Batch, Samples, load_batches
+from job.data.captions import Captions, Texts
+from job.data.dataset import Dataset
+from job.data.order import batches_from, rows_at
+from job.data.staging import Staging
 from job.errors import ConfigError, DataError, ResumeError, StorageError, TrainingError
-from job.model.build import parameter_count, tokenizer_for, write_base
+from job.evaluate.retrieval import evaluate_retrieval, group_pairs
+from job.model.build import ClipModel, prepare_towers, write_base
+from job.model.optimizer import make_optimizer
+from job.model.towers import lengths_of
+from job.runtime.device import autocast_dtype, decode_threads
+from job.runtime.stop import StopSignal
 from job.storage import files
 
 log = logging.getLogger(__name__)
 
 LOCK = "lock"
+
+Evaluate = Callable[[Callable[[int, int], None]], dict[str, float] | None]
 
 
 def scratch_root(scratch: str) -> Path:
@@ -80,87 +84,7 @@ def _remove_if_dead(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_data(config: Config, *, check: bool = True) -> tuple[Config, Dataset]:
-    """Opens the data. Returns: the config with what `auto` found in the CSV, and the data.
-
-    Args: check: run the cheap part of the preflight.
-
-    Raises: DataError, for what would make the job fail.
-    """
-    staged = scratch_root(config.scratch)
-    manifest = read_manifest(
-        stage_file(config.csv, staged, flag="--csv"),
-        separator=config.csv_separator,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-        key_prefix=config.key_prefix,
-    )
-    images = open_images(stage_lmdb(config.lmdb, staged, flag="--lmdb"))
-    val_manifest = val_images = None
-    if config.val_csv:
-        val_manifest = _read_held_out(
-            stage_file(config.val_csv, staged, flag="--val-csv"), like=manifest, key_prefix=config.key_prefix
-        )
-    if config.val_lmdb:
-        val_images = open_images(stage_lmdb(config.val_lmdb, staged, flag="--val-lmdb"))
-    dataset = make_dataset(manifest, images, val_manifest=val_manifest, val_images=val_images, val_fraction=config.val_fraction)
-    if check:
-        batch_size, limit = config.global_batch_size, config.max_bad_samples
-        for problem in quick_check(
-            manifest, images, training=dataset.train_rows, global_batch_size=batch_size, max_bad_samples=limit
-        ):
-            log.warning(problem.text, extra={"problem": problem.name})
-        if val_manifest is not None:
-            rows = dataset.held_out_rows
-            held_out_keys = set(val_manifest.keys)
-            if shared := len(held_out_keys & {key for key in manifest.keys if key in held_out_keys}):
-                log.warning(
-                    "images of --val-csv are also in --csv, so scores will be too good",
-                    extra={"problem": "held-out-images-in-training", "images": shared},
-                )
-            try:
-                for problem in quick_check(
-                    val_manifest, dataset.held_out_images, training=rows, global_batch_size=1, max_bad_samples=limit
-                ):
-                    log.warning("--val-csv: %s", problem.text)
-            except DataError as error:
-                raise DataError(f"--val-csv {config.val_csv}: {error}") from None
-    separator = config.tag_separator
-    if separator == AUTO and config.caption_mode == "sample":
-        spread = np.linspace(0, len(manifest) - 1, num=min(len(manifest), 1000), dtype=np.int64)
-        separator = find_tag_separator([manifest.captions[int(row)] for row in spread])
-        log.info("tag separator found", extra={"separator": separator})
-    found: dict[str, Any] = {
-        "csv_separator": "tab" if manifest.separator == "\t" else manifest.separator,
-        "image_column": manifest.image_column,
-        "caption_column": manifest.caption_column,
-    }
-    log.info(
-        "data",
-        extra={
-            **found,
-            "rows": len(manifest),
-            "images": len(images),
-            "train": len(dataset.train_rows),
-            "held_out": len(dataset.held_out_rows),
-        },
-    )
-    return replace(config, tag_separator=separator, **found), dataset
-
-
-def _read_held_out(path: Path, *, like: Manifest, key_prefix: str) -> Manifest:
-    """The CSV of held-out pairs: read as the training CSV was if its first line has the same two columns, else by itself."""
-    first_line = ""
-    with contextlib.suppress(OSError), path.open(encoding="utf-8-sig", errors="replace") as file:
-        first_line = file.readline()  # what can't be read, read_manifest explains
-    names = {name.strip(' "\r\n') for name in first_line.split(like.separator)}
-    if not {like.image_column, like.caption_column} <= names:
-        return read_manifest(path, key_prefix=key_prefix)
-    columns = {"image_column": like.image_column, "caption_column": like.caption_column}
-    return read_manifest(path, separator=like.separator, key_prefix=key_prefix, **columns)
-
-
-def find_base(config: Config, store: RunStore, scratch: Path) -> tuple[Path, bool]:
+def find_base(config: Config, store: RunStore, scratch: Path, staging: Staging) -> tuple[Path, bool]:
     """The folder with the base model, and whether it has to be put into the run yet."""
     found = store.fetch_folder("base", scratch / "base")
     if found is not None:
@@ -181,7 +105,7 @@ def find_base(config: Config, store: RunStore, scratch: Path) -> tuple[Path, boo
     else:
         pretrained = config.pretrained
         if "://" in pretrained:
-            pretrained = str(stage_file(pretrained, scratch_root(config.scratch), flag="--pretrained"))
+            pretrained = str(staging.file(pretrained, flag="--pretrained"))
         write_base(made, model=config.model, pretrained=pretrained, seed=config.seed)
     return made, True
 
@@ -273,27 +197,72 @@ def describe_attempt(device: torch.device) -> dict[str, Any]:
     }
 
 
-def check_job(config: Config, *, all_images: bool) -> Report:
-    """The whole preflight of `clipjob check`: what is wrong with the data, and what the job will take."""
-    config, dataset = read_data(config, check=False)
-    tokenizer, context_length = tokenizer_for(config.model)
-    parameters = parameter_count(config.model)
-    return check_data(
-        dataset.manifest,
-        dataset.images,
-        token_lengths=lambda texts: full_lengths(tokenizer, texts),
-        decode=decode,
-        context_length=context_length,
-        global_batch_size=config.global_batch_size,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-        val_fraction=0.0 if config.val_csv else config.val_fraction,
-        max_bad_samples=config.max_bad_samples,
-        weight_bytes=4 * parameters,
-        optimizer_bytes=8 * parameters,
-        keep_checkpoints=config.keep_checkpoints,
-        keep_every=config.keep_every,
-        run=config.run,
-        threads=config.threads,
-        all_images=all_images,
+def new_state(config: Config, clip: ClipModel) -> TrainState:
+    """The state at step 0; the weights are clip's."""
+    prepare_towers(
+        clip.module, lock_image=config.lock_image, lock_text=config.lock_text, grad_checkpointing=config.grad_checkpointing
     )
+    optimizer = make_optimizer(
+        clip.module, lr=config.lr, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2), eps=config.eps
+    )
+    scaler = torch.amp.GradScaler(clip.shift.device.type) if config.precision == "fp16" else None
+    return TrainState(clip.module, optimizer, scaler)
+
+
+def training_batches(
+    config: Config, dataset: Dataset, captions: Captions, clip: ClipModel, stop: StopSignal, *, start: int, steps: int
+) -> Generator[Batch]:
+    """The batches of steps start … steps-1, or fewer if a signal comes."""
+    samples = (
+        Samples(positions, dataset.train_rows[rows_at(positions, row_count=len(dataset.train_rows), seed=config.seed)])
+        for positions in itertools.islice(batches_from(start, global_batch_size=config.global_batch_size), steps - start)
+    )
+    return load_batches(
+        samples,
+        keys=dataset.manifest.keys,
+        images=dataset.images,
+        captions=captions,
+        view=clip.view,
+        threads=decode_threads(config.threads),
+        seed=config.seed,
+        crop_scale=config.crop_scale,
+        pin_memory=clip.shift.device.type == "cuda",
+        stopping=lambda: stop.requested,
+    )
+
+
+def captions_of(config: Config, texts: Texts, clip: ClipModel) -> Captions:
+    return Captions(
+        texts,
+        clip.tokenizer,
+        lengths_of=lengths_of(clip.module),
+        mode=config.caption_mode,
+        tag_separator=config.tag_separator,
+        template=config.template,
+        seed=config.seed,
+    )
+
+
+def evaluation(config: Config, dataset: Dataset, captions: Captions, clip: ClipModel, stop: StopSignal) -> Evaluate | None:
+    """Evaluates the model as it is when called: metrics, or None when a signal came first. None: nothing is held out."""
+    if not len(dataset.held_out_rows):
+        return None
+    if dataset.held_out is not dataset.manifest:
+        captions = captions_of(config, dataset.held_out.captions, clip)
+    rows = [int(row) for row in dataset.held_out_rows]
+    held_out = group_pairs((dataset.held_out.keys[row], captions.choices(row)) for row in rows)
+
+    def evaluate(progress: Callable[[int, int], None]) -> dict[str, float] | None:
+        return evaluate_retrieval(
+            clip,
+            held_out,
+            images=dataset.held_out_images,
+            captions=captions,
+            batch_size=config.global_batch_size,
+            threads=decode_threads(config.threads),
+            autocast=autocast_dtype(config.precision),
+            stopping=lambda: stop.requested,
+            progress=progress,
+        )
+
+    return evaluate

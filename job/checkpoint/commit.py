@@ -107,6 +107,33 @@ def read_commit(uri: str) -> Commit:
     return commit
 
 
+def claims(run: str) -> list[int]:
+    """The numbers of all attempts of a run, in no order."""
+    matches = map(CLAIM_NAME.fullmatch, files.list_files(files.join(run, "attempts")))
+    return [int(match["attempt"]) for match in matches if match]
+
+
+def read_attempts(run: str) -> list[dict[str, Any]]:
+    """Every claim in order, with "attempt", what it noted at the start, and "end": what it noted last, or None."""
+    found = []
+    for number in sorted(claims(run)):
+        notes: dict[str, Any] = {}
+        for suffix in (".json", "-end.json"):
+            with contextlib.suppress(FileNotFoundError, Rejection):  # only people read them: torn is as good as absent
+                notes[suffix] = read(files.join(run, "attempts", f"{number:06}{suffix}"))
+        found.append({**notes.get(".json", {}), "attempt": number, "end": notes.get("-end.json")})
+    return found
+
+
+def read_history(run: str) -> list[dict[str, Any]]:
+    """The rows of all attempts, as `merge_histories` orders them."""
+    histories = []
+    for number in sorted(claims(run)):
+        with contextlib.suppress(FileNotFoundError):
+            histories.append(files.read_bytes(files.join(run, "attempts", f"{number:06}-history.jsonl")))
+    return merge_histories(histories)
+
+
 def commit_entries(run: str) -> list[tuple[int, int, str]]:
     """(attempt, step, name) of every commit file of a run, newest first."""
     matches = map(COMMIT_NAME.fullmatch, files.list_files(files.join(run, "commits")))

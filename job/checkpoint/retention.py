@@ -1,12 +1,15 @@
 """What of a run may go: old checkpoints, leftovers of killed attempts, or all of it."""
 
 import contextlib
+import logging
 from collections.abc import Collection, Mapping, Sequence
 
 from job.checkpoint.commit import CLAIM_NAME, DATA_NAME, Commit, Rejection, commit_entries, read, readable_commits
 from job.checkpoint.transfer import check_sizes
-from job.errors import ConfigError
+from job.errors import ConfigError, JobError
 from job.storage import files
+
+logger = logging.getLogger(__name__)
 
 LAYOUT = ("result.json", "report.html", "commits", "data", "eval", "export", "base", "attempts", "config.json")
 """All that a run consists of, in the order in which it is removed: an interrupted removal can be repeated."""
@@ -26,6 +29,18 @@ def prune(run: str, *, attempt: int, damaged: Collection[str], keep: int, keep_e
         files.remove_tree(files.join(run, "data", folder))
     files.remove_temporaries(run, before=files.join(run, "attempts", f"{attempt:06}.json"))
     return [commit.name for commit in removed]
+
+
+def abort_uploads(run: str) -> None:
+    """Ends what older attempts were uploading when they were killed. Call it after the claim and before an upload of our own.
+
+    A store that can't do it is no reason to end a job.
+    """
+    try:
+        if aborted := files.abort_uploads(run):
+            logger.info("unfinished uploads of earlier attempts aborted", extra={"uploads": aborted})
+    except JobError as error:
+        logger.warning("unfinished uploads of earlier attempts may be left", extra={"reason": str(error)})
 
 
 def is_whole(commit: Commit, sizes: Mapping[str, Mapping[str, int]]) -> bool:

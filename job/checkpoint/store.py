@@ -12,32 +12,33 @@ The protocol, in the order that makes a kill harmless at any point:
 import contextlib
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from job.checkpoint.commit import (
-    CLAIM_NAME,
     FORMAT,
     Commit,
     FileRecord,
     Rejection,
     Restored,
+    claims,
     commit_entries,
     encode,
     hash_of,
-    merge_histories,
     read,
+    read_attempts,
     read_commit,
+    read_history,
     readable_commits,
 )
-from job.checkpoint.retention import check_is_run, prune, remove_run
+from job.checkpoint.retention import abort_uploads, check_is_run, prune, remove_run
 from job.checkpoint.transfer import COMPLETE, fetch_folder, put_folder, receive, send
 from job.errors import JobError, ResumeError, StorageError, Superseded
 from job.storage import files
 
-__all__ = ["FORMAT", "Commit", "FileRecord", "Restored", "RunStore", "check_is_run", "remove_run"]
+__all__ = ["FORMAT", "Commit", "FileRecord", "Restored", "RunStore", "abort_uploads", "check_is_run", "remove_run"]
 
 logger = logging.getLogger(__name__)
 CLAIM_TRIES = 100
@@ -78,7 +79,7 @@ class RunStore:
     def claim(self, info: Mapping[str, Any]) -> int:
         """Takes the next attempt number; every lower one is superseded. Args: info: what helps a person to find this process."""
         for _ in range(CLAIM_TRIES):
-            number = max(self._claims(), default=0) + 1
+            number = max(claims(self.uri), default=0) + 1
             content = {"attempt": number, "token": uuid.uuid4().hex, **info}
             if files.create_bytes(self._at("attempts", f"{number:06}.json"), encode(content)):
                 self.attempt = number
@@ -89,7 +90,7 @@ class RunStore:
 
     def check_not_superseded(self) -> None:
         """Raises: Superseded, when a newer attempt has claimed the run."""
-        highest = max(self._claims(), default=0)
+        highest = max(claims(self.uri), default=0)
         if highest > self.attempt > 0:
             raise Superseded(
                 f"Attempt {highest} has claimed the run {files.shown(self.uri)} while attempt {self.attempt} was still at work. "
@@ -101,20 +102,13 @@ class RunStore:
         files.write_bytes(self._own("end.json"), encode({"attempt": self.attempt, **info}))
 
     def attempts(self) -> list[dict[str, Any]]:
-        """Every claim in order, with "attempt", what it noted at the start, and "end": what it noted last, or None."""
-        found = []
-        for number in sorted(self._claims()):
-            notes: dict[str, Any] = {}
-            for suffix in (".json", "-end.json"):
-                with contextlib.suppress(FileNotFoundError, Rejection):  # only people read them: torn is as good as absent
-                    notes[suffix] = read(self._at("attempts", f"{number:06}{suffix}"))
-            found.append({**notes.get(".json", {}), "attempt": number, "end": notes.get("-end.json")})
-        return found
+        """See `read_attempts`."""
+        return read_attempts(self.uri)
 
     def idle_attempts(self) -> int:
         """How many of the latest claims, our own included, are without a commit."""
         busy = max((attempt for attempt, _, _ in commit_entries(self.uri)), default=0)
-        return sum(number > busy for number in self._claims())
+        return sum(number > busy for number in claims(self.uri))
 
     def result(self) -> dict[str, Any] | None:
         """The result of a complete run, else None. Raises: ResumeError, when it can't be understood."""
@@ -131,19 +125,29 @@ class RunStore:
         """The readable commits, newest (attempt, step) first; their data is not looked at."""
         return readable_commits(self.uri)
 
-    def save(self, step: int, sources: Mapping[str, Path], *, info: Mapping[str, Any]) -> Commit:
+    def save(
+        self,
+        step: int,
+        sources: Mapping[str, Path],
+        *,
+        info: Mapping[str, Any],
+        check: Callable[[], None] = lambda: None,
+        sent: Callable[[int], None] = lambda _bytes: None,
+    ) -> Commit:
         """Makes a checkpoint durable. When this returns, a restart finds it. Raises: Superseded, and nothing is left of it.
 
         Args:
             sources: name -> local file. They are used up: moved, where the run is on the same disk.
             info: JSON values to keep beside it (evaluated, metrics, ledger).
+            check, sent: see files.upload.
         """
         data = self.new_data(step)
         try:
-            stored = send(self._at("data", data), sources, move=True)
-        except JobError:
+            stored = send(self._at("data", data), sources, move=True, check=check, sent=sent)
+        except Exception as error:
             self._discard(data)
-            self.check_not_superseded()  # a newer attempt collects our files under our hands: then that is the news
+            if isinstance(error, JobError):
+                self.check_not_superseded()  # a newer attempt collects our files under our hands: then that is the news
             raise
         try:
             return self.commit(step, data=data, stored=stored, info=info)
@@ -236,11 +240,7 @@ class RunStore:
 
     def read_history(self) -> list[dict[str, Any]]:
         """The rows of all attempts, as `merge_histories` orders them."""
-        histories = []
-        for number in sorted(self._claims()):
-            with contextlib.suppress(FileNotFoundError):
-                histories.append(files.read_bytes(self._at("attempts", f"{number:06}-history.jsonl")))
-        return merge_histories(histories)
+        return read_history(self.uri)
 
     def has_folder(self, name: str) -> bool:
         """Whether a folder (base, export/final) is there and complete."""
@@ -273,10 +273,6 @@ class RunStore:
         if not self.attempt:
             raise AssertionError("claim an attempt before writing")
         return self.attempt
-
-    def _claims(self) -> list[int]:
-        matches = map(CLAIM_NAME.fullmatch, files.list_files(self._at("attempts")))
-        return [int(match["attempt"]) for match in matches if match]
 
     def _read_own(self, name: str) -> dict[str, Any] | None:
         try:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from job.checkpoint.commit import FileRecord, Rejection, encode, read, records, to_json
@@ -23,18 +24,30 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def send(uri: str, sources: Mapping[str, Path], *, move: bool = False) -> dict[str, FileRecord]:
+def send(
+    uri: str,
+    sources: Mapping[str, Path],
+    *,
+    move: bool = False,
+    check: Callable[[], None] = lambda: None,
+    sent: Callable[[int], None] = lambda _bytes: None,
+) -> dict[str, FileRecord]:
     """Uploads files below a URI; each is hashed once, and its size there is checked.
 
     Args:
         sources: name below uri -> local file.
         move: the sources are no longer needed.
+        check, sent: see files.upload.
     """
-    sent = {}
-    for name, source in sources.items():
-        sent[name] = FileRecord(size=source.stat().st_size, sha256=sha256_of(source))
-        files.upload(source, files.join(uri, name), move=move)
-    return sent
+    stored = {}
+    with ThreadPoolExecutor(1, thread_name_prefix="sha256") as beside:
+        for name, source in sources.items():
+            size, digest = source.stat().st_size, beside.submit(sha256_of, source)
+            if files.is_local(uri):
+                digest.result()  # before the file is moved away
+            files.upload(source, files.join(uri, name), move=move, check=check, sent=sent)
+            stored[name] = FileRecord(size, digest.result())
+    return stored
 
 
 def receive(uri: str, stored: Mapping[str, FileRecord], folder: Path) -> Path:

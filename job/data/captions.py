@@ -19,6 +19,8 @@ LENGTH_STEP = 8
 CACHED_TEXTS = 1_000_000
 """About 300 bytes each. Beyond it texts are tokenised again when they come back."""
 
+TOKENISED_AT_ONCE = 256
+
 TAG_SEPARATORS = (", ", ",", "; ", ";", "|", "\t", "/")
 
 
@@ -106,6 +108,14 @@ class Captions:
             start += count
         place = {distinct[index]: at for at, index in enumerate(order)}
         return TokenGroups(tuple(groups), torch.tensor([place[caption] for caption in captions], dtype=torch.int64))
+
+    def tokenise_until(self, enough: Callable[[], bool]) -> None:
+        """Tokenises captions ahead of their first use, in the order of the rows, while there is nothing better to do."""
+        for start in range(0, min(len(self._texts), CACHED_TEXTS), TOKENISED_AT_ONCE):
+            if enough():
+                return
+            rows = range(start, min(start + TOKENISED_AT_ONCE, len(self._texts)))
+            self._tokenised(list(dict.fromkeys(caption for row in rows for caption in self.choices(row))))
 
     def _tokenised(self, texts: list[str]) -> list[NDArray[np.int32]]:
         new = [text for text in texts if text not in self._cache]

@@ -2,64 +2,47 @@
 
 import itertools
 import os
-import threading
 import unicodedata
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
 from job.data.manifest import Column
-from job.errors import AccessError, DataError
+from job.data.shards import Shard, open_shard
 
 MAX_KEY_BYTES = 511
 """LMDB's limit. A longer key can't be stored, so it is never found either."""
 
-_SPARE_TRANSACTIONS = 64
-_DAMAGES = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.BadTxnError)
-
-_opened: dict[tuple[int, int], tuple[Any, int]] = {}
-_opened_lock = threading.Lock()
-"""Environments by device and inode, with their number of users: LMDB must not open a file twice in one process."""
-
 
 class Images:
-    """Encoded images by key. Thread-safe until `close`; made by `open_images`."""
+    """Encoded images by key, in one LMDB or several. Thread-safe until `close`; made by `open_images`.
 
-    def __init__(self, path: Path, file: Path, environment: Any) -> None:
-        self.path = path
-        self.file_bytes = file.stat().st_size
-        self._environment: Any = environment
-        self._entries: int = environment.stat()["entries"]
+    Where several hold a key, the first one's image counts. Lengths and sampled keys count such a key once for each of them.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.path = shards[0].path
+        self.file_bytes = sum(shard.file_bytes for shard in shards)
+        self._shards = tuple(shards)
+        self._entries = sum(shard.entries for shard in shards)
 
     def get(self, key: str) -> bytes | None:
         """The encoded image, a copy that outlives the transaction; None if there is no such key. Raises: DataError."""
         encoded = key.encode()
-        if not 0 < len(encoded) <= MAX_KEY_BYTES:
-            return None
-        try:
-            with self._environment.begin() as transaction:
-                value: bytes | None = transaction.get(encoded)
-                return value
-        except _DAMAGES as error:
-            raise self._damaged(error) from None
+        if 0 < len(encoded) <= MAX_KEY_BYTES:
+            for shard in self._shards:
+                if (value := shard.get(encoded)) is not None:
+                    return value
+        return None
 
     def __contains__(self, key: str) -> bool:
         encoded = key.encode()
-        if not 0 < len(encoded) <= MAX_KEY_BYTES:
-            return False
-        try:
-            with self._environment.begin() as transaction, transaction.cursor() as cursor:
-                found: bool = cursor.set_key(encoded)  # unlike get, it reads no page of the image: 20 times less on a cold disk
-                return found
-        except _DAMAGES as error:
-            raise self._damaged(error) from None
+        return 0 < len(encoded) <= MAX_KEY_BYTES and any(encoded in shard for shard in self._shards)
 
     def __len__(self) -> int:
         return self._entries
@@ -69,124 +52,37 @@ class Images:
         if count <= 0:
             return []
         stride = -(-self._entries // count)
-        try:
-            with self._environment.begin() as transaction, transaction.cursor() as cursor:
-                keys = list(itertools.islice(cursor.iternext(values=False), 0, None, stride))
-        except _DAMAGES as error:
-            raise self._damaged(error) from None
-        return [key.decode(errors="replace") for key in keys]
+        keys = itertools.chain.from_iterable(shard.keys() for shard in self._shards)
+        return [key.decode(errors="replace") for key in itertools.islice(keys, 0, None, stride)]
 
     def fingerprint(self) -> dict[str, int]:
         """What tells this LMDB from another at no cost: entries, and bytes in use (the same for every copy of the file)."""
-        return {"entries": self._entries, "bytes": _used_bytes(self._environment)}
+        return {"entries": self._entries, "bytes": sum(shard.used_bytes for shard in self._shards)}
 
     def close(self) -> None:
-        """Idempotent. The file itself is closed when its last user closes."""
-        if self._environment is not None:
-            _release(self._environment)
-            self._environment = None
-
-    def _damaged(self, error: Exception) -> DataError:
-        return DataError(
-            f"The LMDB {self.path} is damaged ({error}). Copy it again from its source, or pack it again (clipjob pack)."
-        )
+        """Idempotent. A file itself is closed when its last user closes."""
+        for shard in self._shards:
+            shard.close()
 
 
-def open_images(path: Path) -> Images:
-    """The LMDB at path: a folder with data.mdb, or a single file. A folder that several commands open is opened once.
+def open_images(paths: Path | Sequence[Path]) -> Images:
+    """The LMDB at a path, or those at several paths as one: each a folder with data.mdb, or a single file.
+
+    A file that several commands open is opened once.
 
     Raises:
         DataError: it is missing, no LMDB, shorter than its own header says, or empty.
         AccessError: it may not be read.
     """
-    file = _find_file(path)
-    size = file.stat().st_size
-    environment = _acquire(path, file)
+    shards: list[Shard] = []
     try:
-        # A missing tail must be found now: reading it later through the memory map would end the process with SIGBUS.
-        needed = _used_bytes(environment)
-        if size < needed:
-            raise DataError(
-                f"The LMDB {path} is cut short: {file.name} has {size} bytes and its header speaks of {needed}. Copy it again. "
-                "(If it was never copied, rewrite it with: mdb_copy -c.)"
-            )
-        if environment.stat()["entries"] == 0:
-            raise DataError(f"The LMDB {path} is empty. Fill it with clipjob pack, or check the path.")
-        return Images(path, file, environment)
+        for path in [paths] if isinstance(paths, Path) else paths:
+            shards.append(open_shard(path))  # noqa: PERF401  those before a bad one are closed
+        return Images(shards)
     except BaseException:
-        _release(environment)
+        for shard in shards:
+            shard.close()
         raise
-
-
-def _find_file(path: Path) -> Path:
-    file = path / "data.mdb" if path.is_dir() else path
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(24)
-    except (FileNotFoundError, NotADirectoryError):
-        if path.is_dir():
-            found = ", ".join(sorted(os.listdir(path))[:5]) or "nothing"
-            raise DataError(f"The folder {path} holds no data.mdb, so it is no LMDB. It holds {found}. Check the path.") from None
-        if path.with_name(path.name + ".partial").exists():
-            raise DataError(
-                f"{path} is only partly packed ({path.name}.partial). Run the same clipjob pack again to finish it."
-            ) from None
-        raise DataError(
-            f"There is no LMDB {path}. Check --lmdb or --val-lmdb; in a container, check that its folder is mounted."
-        ) from None
-    except IsADirectoryError:
-        raise DataError(f"{file} is a folder, and an LMDB's data file is needed. Check the path.") from None
-    except PermissionError:
-        raise AccessError(f"{file} may not be read by this user (id {os.getuid()}). Check the file's permissions.") from None
-    if len(start) < 24:
-        raise DataError(f"{file} has {len(start)} bytes and is no LMDB. Copy it again.")
-    return file
-
-
-def _acquire(path: Path, file: Path) -> Any:
-    with _opened_lock:
-        status = file.stat()
-        identity = status.st_dev, status.st_ino
-        environment, users = _opened.get(identity) or (_open_environment(path, file), 0)
-        _opened[identity] = environment, users + 1
-        return environment
-
-
-def _open_environment(path: Path, file: Path) -> Any:
-    try:
-        return lmdb.open(
-            str(file),
-            subdir=False,
-            readonly=True,
-            create=False,
-            lock=False,  # a lock file can't be written to a read-only file system, and nobody writes
-            readahead=False,  # images are read in random order
-            max_spare_txns=_SPARE_TRANSACTIONS,
-        )
-    except lmdb.VersionMismatchError:
-        raise DataError(
-            f"The LMDB {path} was written by an incompatible version of LMDB or a 32-bit system. Pack it again."
-        ) from None
-    except lmdb.InvalidError:
-        raise DataError(f"{file} is no LMDB. Check the path; clipjob pack makes one from a folder of images.") from None
-    except lmdb.Error as error:
-        raise DataError(
-            f"The LMDB {path} can't be opened ({error}). Check that it was copied whole and that no other program writes it."
-        ) from None
-
-
-def _release(environment: Any) -> None:
-    with _opened_lock:
-        identity = next(identity for identity, (known, _) in _opened.items() if known is environment)
-        users = _opened.pop(identity)[1]
-        if users > 1:
-            _opened[identity] = environment, users - 1
-        else:
-            environment.close()
-
-
-def _used_bytes(environment: Any) -> int:
-    return int((environment.info()["last_pgno"] + 1) * environment.stat()["psize"])
 
 
 @dataclass(frozen=True)

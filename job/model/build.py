@@ -72,14 +72,12 @@ def write_base(folder: Path, *, model: str, pretrained: str, seed: int) -> None:
     save_weights(module.state_dict(), folder / WEIGHTS_FILE)
 
 
-def load_base(folder: Path, *, weights: Path | None = None) -> ClipModel:
-    """The model in a folder that `write_base` or `write_export` wrote, on the CPU in float32.
+def build_base(folder: Path) -> ClipModel:
+    """The model in a folder that `write_base` or `write_export` wrote, on the CPU in float32, its weights not loaded yet.
 
-    Args: weights: a checkpoint's weights, instead of the folder's own.
     Raises: DataError, if the files are damaged.
     """
     module = _instantiate(folder, model=str(folder))
-    load_weights(module, str(weights or folder / WEIGHTS_FILE), model=str(folder))
     cfg = _preprocessing(module)
     size = cfg["size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -88,6 +86,13 @@ def load_base(folder: Path, *, weights: Path | None = None) -> ClipModel:
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     mean, std = (torch.tensor(cfg[name], dtype=torch.float32).view(1, 3, 1, 1) for name in ("mean", "std"))
     return ClipModel(module, tokenizer, view, shift=mean * 255, scale=1 / (std * 255))
+
+
+def load_base(folder: Path, *, weights: Path | None = None) -> ClipModel:
+    """The same model with its weights, or with those of a checkpoint. Raises: DataError."""
+    clip = build_base(folder)
+    load_weights(clip.module, str(weights or folder / WEIGHTS_FILE), model=str(folder))
+    return clip
 
 
 def prepare_towers(module: Any, *, lock_image: bool, lock_text: bool, grad_checkpointing: bool) -> None:

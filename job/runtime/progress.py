@@ -11,7 +11,45 @@ from job.config import Interval
 
 log = logging.getLogger(__name__)
 
+STAGING_LOG_SECONDS = 10.0
+
 LIVE_LINE = "step {n}/{total} |{bar:12}| {elapsed} + {remaining}{postfix}"
+
+
+class StagingProgress:
+    """Shows files on their way to scratch: a bar each on a terminal, a log line now and then elsewhere. Called from any thread."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, Any] = {}
+        self._began: dict[str, float] = {}
+        self._told: dict[str, float] = {}
+
+    def __call__(self, name: str, done: int, planned: int) -> None:
+        """So many bytes of a file are here."""
+        now = time.monotonic()
+        if sys.stderr.isatty():
+            if name not in self._bars:
+                self._bars[name] = tqdm(
+                    total=planned,
+                    initial=done,
+                    desc=name,
+                    unit="B",
+                    unit_scale=True,
+                    dynamic_ncols=True,
+                    file=sys.stderr,
+                    leave=False,
+                )
+            bar = self._bars[name]
+            bar.update(done - bar.n)
+            if done >= planned:
+                self._bars.pop(name).close()
+            return
+        began, told = self._began.setdefault(name, now), self._told.setdefault(name, now)
+        if now - told >= STAGING_LOG_SECONDS and done < planned:
+            self._told[name] = now
+            log.info(
+                "staging goes on", extra={"file": name, "bytes": done, "planned_bytes": planned, "seconds": round(now - began, 1)}
+            )
 
 
 class Progress:
@@ -79,10 +117,13 @@ class Progress:
         else:
             log.info("evaluated", extra={"step": step, **metrics, "best": best})
 
-    def saved(self, step: int, seconds: float) -> None:
+    def saved(self, step: int, seconds: float, *, stall_seconds: float, upload_seconds: float, size: int) -> None:
         """A checkpoint that is durable now."""
         self._saved = f"step {step} at {time.strftime('%H:%M:%S')}"
-        log.info("checkpoint", extra={"step": step, "seconds": round(seconds, 3)}) if self._bar is None else None
+        if self._bar is None:
+            figures = {"seconds": seconds, "stall_seconds": stall_seconds, "upload_seconds": upload_seconds}
+            rounded = {name: round(value, 3) for name, value in figures.items()}
+            log.info("checkpoint", extra={"step": step, "bytes": size, **rounded})
 
     def _due(self, step: int) -> bool:
         if step == self._steps:

@@ -8,25 +8,35 @@ import contextlib
 import errno
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from job.errors import StorageError
 from job.storage import local as disk
+from job.storage import transfer
 from job.storage.explain import explained, shown
+from job.storage.parallel import retried
 from job.storage.remote import create_bytes as create_remote
-from job.storage.remote import open_uri, put_file
+from job.storage.remote import is_s3, open_uri
+from job.storage.transfer import Damaged, FileInfo, Part, Replaced, crc_in, parts_of, verify
 
 __all__ = [
+    "Damaged",
     "FileInfo",
+    "Part",
+    "Replaced",
+    "abort_uploads",
+    "crc_in",
     "create_bytes",
     "download",
     "explained",
+    "fetch_parts",
     "free_bytes",
     "is_local",
     "join",
     "list_files",
     "local_path",
+    "parts_of",
     "read_bytes",
     "remove",
     "remove_temporaries",
@@ -34,16 +44,16 @@ __all__ = [
     "shown",
     "stat",
     "upload",
+    "verify",
     "write_bytes",
 ]
 
+Check = Callable[[], None]
+"""Called several times a second while bytes move, on any thread; what it raises ends the transfer."""
 
-@dataclass(frozen=True)
-class FileInfo:
-    size: int
-    """Bytes."""
-    token: str
-    """Changes with the content: the store's etag, else modification time and size."""
+
+def _go_on() -> None:
+    """The check of who never wants to give up."""
 
 
 def join(uri: str, *parts: str) -> str:
@@ -64,7 +74,7 @@ def read_bytes(uri: str) -> bytes:
         if is_local(uri):
             return local_path(uri).read_bytes()
         filesystem, path = open_uri(uri)
-        return bytes(filesystem.cat_file(path))
+        return bytes(retried(lambda: filesystem.cat_file(path)))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -74,7 +84,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             disk.place(local_path(uri), lambda temporary: disk.write(temporary, data))
         else:
             filesystem, path = open_uri(uri)
-            filesystem.pipe_file(path, data)
+            retried(lambda: filesystem.pipe_file(path, data))
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
@@ -89,16 +99,22 @@ def create_bytes(uri: str, data: bytes) -> bool:
         return disk.create(local_path(uri), data) if is_local(uri) else create_remote(uri, data)
 
 
-def upload(local: Path, uri: str, *, move: bool = False) -> None:
-    """Copies a local file to a URI, its size checked.
+def upload(
+    local: Path, uri: str, *, move: bool = False, check: Check = _go_on, sent: Callable[[int], None] = lambda _bytes: None
+) -> None:
+    """Copies a local file to a URI, its size checked; S3 verifies a checksum of each part and of the whole.
 
     Args:
         move: the source is no longer needed: on the same disk it is renamed instead of copied.
+        sent: called, on any thread, with bytes that have arrived.
     """
     size = local.stat().st_size
     with explained(uri, f"copying {local.name} to", writing=True):
-        if not is_local(uri):
-            put_file(local, uri)
+        if is_s3(uri):
+            transfer.upload_s3(local, uri, check=check, sent=sent)
+        elif not is_local(uri):
+            filesystem, path = open_uri(uri)
+            retried(lambda: filesystem.put_file(str(local), path), check=check)
         elif not (move and disk.rename(local, local_path(uri))):
             disk.place(local_path(uri), lambda temporary: _copy(local, temporary))
         arrived = stat(uri).size
@@ -106,11 +122,34 @@ def upload(local: Path, uri: str, *, move: bool = False) -> None:
         raise StorageError(f"Copying {local} to {shown(uri)} failed: {size} bytes were sent and {arrived} are there. Start again.")
 
 
-def download(uri: str, local: Path) -> None:
-    """Copies an object to a local file, which appears once it is complete."""
-    size = stat(uri).size
+def abort_uploads(uri: str) -> int:
+    """Aborts the unfinished uploads below a URI that killed processes left: they cost money and no listing shows them.
+
+    Returns: how many there were.
+    """
+    with explained(uri, "aborting unfinished uploads below"):
+        return transfer.abort_uploads(uri)
+
+
+def fetch_parts(
+    uri: str,
+    info: FileInfo,
+    handle: int,
+    parts: Sequence[Part],
+    *,
+    fetched: Callable[[Part, int], None],
+    check: Check = _go_on,
+) -> None:
+    """Reads parts of one version of an object into an open file: see `transfer.fetch_parts`. Raises: Replaced."""
+    with explained(uri, "reading"):
+        transfer.fetch_parts(uri, info, handle, parts, fetched=fetched, check=check)
+
+
+def download(uri: str, local: Path, *, check: Check = _go_on) -> None:
+    """Copies an object to a local file, which appears once it is complete. Raises: Replaced, Damaged."""
+    info = stat(uri)
     with explained(uri, f"copying to {local} from"):
-        disk.place(local, lambda temporary: _fetch(uri, temporary, size))
+        disk.place(local, lambda temporary: _fetch(uri, temporary, info, check))
 
 
 def list_files(uri: str) -> dict[str, int]:
@@ -119,7 +158,7 @@ def list_files(uri: str) -> dict[str, int]:
         if is_local(uri):
             return dict(sorted(disk.walk(local_path(uri)).items()))
         filesystem, path = open_uri(uri)
-        found = filesystem.find(path, detail=True)
+        found = retried(lambda: filesystem.find(path, detail=True))
         below = path.rstrip("/") + "/"
         return {
             name.removeprefix(below): int(info["size"])
@@ -136,8 +175,10 @@ def stat(uri: str) -> FileInfo:
             if os.path.isdir(local_path(uri)):
                 raise FileNotFoundError(errno.ENOENT, "a folder is there", uri)
             return FileInfo(found.st_size, f"{found.st_mtime_ns}-{found.st_size}")
+        if is_s3(uri):
+            return transfer.stat_s3(uri)
         filesystem, path = open_uri(uri)
-        info = filesystem.info(path)
+        info = retried(lambda: filesystem.info(path))
         if info["type"] != "file":
             raise FileNotFoundError(errno.ENOENT, "a folder is there", shown(uri))
         changed = info.get("LastModified") or info.get("mtime") or info.get("created")
@@ -151,7 +192,7 @@ def remove(uri: str) -> None:
             local_path(uri).unlink()
         else:
             filesystem, path = open_uri(uri)
-            filesystem.rm_file(path)
+            retried(lambda: filesystem.rm_file(path))
 
 
 def remove_tree(uri: str) -> None:
@@ -201,12 +242,8 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _fetch(uri: str, target: Path, size: int) -> None:
-    if is_local(uri):
-        _copy(local_path(uri), target)
-    else:
-        filesystem, path = open_uri(uri)
-        filesystem.get_file(path, str(target))
-    arrived = target.stat().st_size
-    if arrived != size:
-        raise StorageError(f"Copying from {shown(uri)} failed: {size} bytes were announced and {arrived} came. Start again.")
+def _fetch(uri: str, target: Path, info: FileInfo, check: Check) -> None:
+    crcs: dict[Part, int] = {}
+    with target.open("xb") as file:
+        transfer.fetch_parts(uri, info, file.fileno(), parts_of(info), fetched=crcs.__setitem__, check=check)
+    verify(uri, info, crcs)

@@ -4,28 +4,33 @@ fsspec, s3fs and botocore are imported on the first remote URI only: a local run
 """
 
 import logging
-import math
 import os
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
+from job.errors import ConfigError
+from job.storage import s3
 from job.storage.explain import response_code, shown
+from job.storage.options import for_protocol
+from job.storage.parallel import retried
 
 logger = logging.getLogger(__name__)
 
-CONNECT_SECONDS = 5  # five tries and their pauses stay under a minute when nobody answers
+CONNECT_SECONDS = 5
 READ_SECONDS = 30
-REQUEST_SECONDS = 120  # the whole of one request; a part of 16 MiB needs 1.1 MB/s with eight in flight
-PART_BYTES = 16 * 2**20
-PARALLEL_PARTS = 8
+REQUEST_SECONDS = 40
+"""The whole of one request; only small objects come this way."""
 CONFLICT_TRIES = 6
 
 _lock = threading.Lock()
 _filesystems: dict[tuple[str, int], Any] = {}
 _refuses_second: dict[str, bool] = {}
 """By bucket: whether a second create-only write of one name was refused. Absent: not tried yet."""
+
+
+def is_s3(uri: str) -> bool:
+    return uri.startswith(("s3://", "s3a://"))
 
 
 def open_uri(uri: str) -> tuple[Any, str]:
@@ -36,10 +41,15 @@ def open_uri(uri: str) -> tuple[Any, str]:
     with _lock:
         key = (protocol, os.getpid())  # s3fs refuses to work in a forked child
         if key not in _filesystems:
-            options = _s3_options() if protocol in ("s3", "s3a") else {}
-            filesystem = fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True, **options)
-            if options:
-                filesystem.retries = 2  # s3fs's own, on top of each five of botocore's: 5 x 5 would take over a minute
+            options = {**(_s3_options() if is_s3(uri) else {}), **for_protocol(protocol)}
+            try:
+                filesystem = fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True, **options)
+            except TypeError as error:
+                if not for_protocol(protocol):
+                    raise
+                raise ConfigError(f"--storage-option is not understood by the client of {protocol}://: {error}.") from error
+            if is_s3(uri):
+                filesystem.retries = 1  # parallel.py tries again: s3fs and botocore would multiply to 10 or 20 requests
             _filesystems[key] = filesystem
         filesystem = _filesystems[key]
     return filesystem, str(filesystem._strip_protocol(uri))  # noqa: SLF001 - fsspec has no public name for it
@@ -57,19 +67,18 @@ def _s3_options() -> dict[str, Any]:
             self._timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
 
     return {
-        "default_block_size": PART_BYTES,
-        "max_concurrency": PARALLEL_PARTS,
         "config_kwargs": {
             "http_session_cls": BoundedSession,
             "connect_timeout": CONNECT_SECONDS,
             "read_timeout": READ_SECONDS,
-            "retries": {"total_max_attempts": 5, "mode": "standard"},
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
         },
     }
 
 
 def close() -> None:
     """Lets go of every connection and of what was learnt about stores; the next call starts anew."""
+    s3.close()
     with _lock:
         filesystems = list(_filesystems.values())
         _filesystems.clear()
@@ -79,15 +88,6 @@ def close() -> None:
             filesystem.close_session(filesystem.loop, filesystem.s3)
 
 
-def put_file(local: Path, uri: str) -> None:
-    """Uploads a file, in parts where it is large."""
-    filesystem, path = open_uri(uri)
-    options = {}
-    if "s3" in filesystem.protocol:
-        options["chunksize"] = max(PART_BYTES, math.ceil(local.stat().st_size / 9_000))  # S3 takes 10,000 parts at most
-    filesystem.put_file(str(local), path, **options)
-
-
 def create_bytes(uri: str, data: bytes) -> bool:
     """Writes an object only where none is. See `job.storage.files.create_bytes`.
 
@@ -95,29 +95,40 @@ def create_bytes(uri: str, data: bytes) -> bool:
     the second. Until that is known, and for ever where it is not so, the absence of the object is checked first.
     """
     filesystem, path = open_uri(uri)
-    store = uri.split("://", 1)[0] + "://" + path.strip("/").split("/", 1)[0]
+    store = _store(uri)
     refuses = _refuses_second.get(store)
     if not refuses and (found := _read(filesystem, path)) is not None:
         return found == data
-    outcome = "unsupported" if refuses is False else _create_once(filesystem, path, data)
+    outcome = "unsupported" if refuses is False else retried(lambda: _create_once(filesystem, path, data))
     if outcome == "created" and refuses is None:
-        _refuses_second[store] = refuses = _create_once(filesystem, path, data) == "taken"
+        _refuses_second[store] = refuses = retried(lambda: _create_once(filesystem, path, data)) == "taken"
         if not refuses:
             _warn_unconditional(store)
     elif outcome == "unsupported":
         if refuses is None:
             _refuses_second[store] = False
             _warn_unconditional(store)
-        filesystem.pipe_file(path, data)
+        retried(lambda: filesystem.pipe_file(path, data))
     if outcome == "created" and refuses:
         return True
     # A "taken" may be our own write, whose reply was lost and which the client sent again: the bytes decide.
     return _read(filesystem, path) == data
 
 
+def refuses_to_overwrite(uri: str) -> bool:
+    """Whether the store of a URI is known to refuse a second create-only write of one name: `create_bytes` finds out."""
+    return _refuses_second.get(_store(uri), False)
+
+
+def _store(uri: str) -> str:
+    """The bucket of a URI."""
+    protocol, _, path = uri.partition("://")
+    return f"{protocol}://{path.strip('/').partition('/')[0]}"
+
+
 def _read(filesystem: Any, path: str) -> bytes | None:
     try:
-        return bytes(filesystem.cat_file(path))
+        return bytes(retried(lambda: filesystem.cat_file(path)))
     except FileNotFoundError:
         return None
 
@@ -136,6 +147,10 @@ def _create_once(filesystem: Any, path: str, data: bytes) -> str:
             filesystem.pipe_file(path, data, mode="create")
         except FileExistsError:
             return "taken"
+        except (NotImplementedError, TypeError, ValueError):
+            if "s3" in filesystem.protocol:
+                raise
+            return "unsupported"  # a filesystem that can only replace
         except OSError as error:
             code = response_code(error)
             if code in ("PreconditionFailed", "412"):

@@ -1,0 +1,237 @@
+"""What goes into a job: LMDBs staged beside while CSVs are read and the model is built, then everything opened and checked.
+
+A part of train.py by rank.
+"""
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from job.config import AUTO, Config
+from job.data.captions import find_tag_separator, full_lengths
+from job.data.check import check_data, quick_check
+from job.data.check_report import Report
+from job.data.dataset import Dataset, make_dataset
+from job.data.images import open_images
+from job.data.manifest import Manifest, read_manifest
+from job.data.pixels import decode
+from job.data.staging import Staging
+from job.errors import DataError
+from job.model.build import parameter_count, tokenizer_for
+from job.start import scratch_root
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SWITCH_SECONDS = 1e-4
+"""Python's own 5 ms let a thread that computes (tokenising) slow down those that receive to some tens of MB/s."""
+
+
+@contextlib.contextmanager
+def staging_area(
+    config: Config, *, check: Callable[[], None], progress: Callable[[str, int, int], None] | None = None
+) -> Iterator[Staging]:
+    """Where remote files come to lie. Leaving it ends what is still on its way.
+
+    Args: check: called often; what it raises ends staging. progress: see Staging.
+    """
+    left = threading.Event()
+
+    def go_on() -> None:
+        check()
+        if left.is_set():
+            raise DataError("Staging was given up, for the job has ended.")
+
+    staging = Staging(scratch_root(config.scratch), limit_bytes=config.scratch_limit_bytes, check=go_on, progress=progress)
+    switch_seconds = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        yield staging
+    finally:
+        left.set()
+        sys.setswitchinterval(switch_seconds)
+        staging.close()
+
+
+class Beside(Generic[T]):
+    """A call on a thread of its own, a daemon: the end of the job does not wait for it."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._value: T
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True, name="staging")
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self) -> T:
+        """Waits. Raises: what the call raised."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return self._value
+
+    def _run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:  # noqa: BLE001  raised by `result`
+            self._failure = error
+
+
+@dataclass(frozen=True)
+class Lmdbs:
+    """Local paths, one or several shards each."""
+
+    images: list[Path]
+    held_out: list[Path]
+    """Empty: the held-out images are among the others."""
+
+
+def stage_lmdbs(config: Config, staging: Staging) -> Lmdbs:
+    """Brings the LMDBs here. Raises: DataError, StorageError."""
+    held_out = staging.lmdb(config.val_lmdb, flag="--val-lmdb") if config.val_lmdb else []
+    return Lmdbs(staging.lmdb(config.lmdb, flag="--lmdb"), held_out)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The CSVs, read."""
+
+    manifest: Manifest
+    held_out: Manifest | None
+    """Of --val-csv."""
+
+
+def read_tables(config: Config, staging: Staging) -> tuple[Config, Tables]:
+    """Reads the CSVs. Returns: the config with what `auto` found in them, and the CSVs. Raises: DataError."""
+    manifest = read_manifest(
+        staging.file(config.csv, flag="--csv"),
+        separator=config.csv_separator,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        key_prefix=config.key_prefix,
+    )
+    held_out = None
+    if config.val_csv:
+        path = staging.file(config.val_csv, flag="--val-csv")
+        held_out = _read_held_out(path, like=manifest, key_prefix=config.key_prefix)
+    separator = config.tag_separator
+    if separator == AUTO and config.caption_mode == "sample":
+        spread = np.linspace(0, len(manifest) - 1, num=min(len(manifest), 1000), dtype=np.int64)
+        separator = find_tag_separator([manifest.captions[int(row)] for row in spread])
+        log.info("tag separator found", extra={"separator": separator})
+    found: dict[str, Any] = {
+        "csv_separator": "tab" if manifest.separator == "\t" else manifest.separator,
+        "image_column": manifest.image_column,
+        "caption_column": manifest.caption_column,
+    }
+    log.info("csv", extra={**found, "rows": len(manifest)})
+    return replace(config, tag_separator=separator, **found), Tables(manifest, held_out)
+
+
+def open_dataset(config: Config, tables: Tables, lmdbs: Lmdbs, *, check: bool = True) -> Dataset:
+    """Opens the LMDBs and divides the rows.
+
+    Args: check: run the cheap part of the preflight.
+    Raises: DataError, for what would make the job fail.
+    """
+    images = open_images(lmdbs.images)
+    val_images = open_images(lmdbs.held_out) if lmdbs.held_out else None
+    manifest = tables.manifest
+    dataset = make_dataset(manifest, images, val_manifest=tables.held_out, val_images=val_images, val_fraction=config.val_fraction)
+    if check:
+        _check_quickly(config, dataset)
+    log.info(
+        "data",
+        extra={
+            "rows": len(manifest),
+            "images": len(images),
+            "train": len(dataset.train_rows),
+            "held_out": len(dataset.held_out_rows),
+        },
+    )
+    return dataset
+
+
+def read_data(config: Config, staging: Staging, *, check: bool = True) -> tuple[Config, Dataset]:
+    """All of the above, one after the other."""
+    config, tables = read_tables(config, staging)
+    return config, open_dataset(config, tables, stage_lmdbs(config, staging), check=check)
+
+
+def _check_quickly(config: Config, dataset: Dataset) -> None:
+    """Raises: DataError."""
+    batch_size, limit = config.global_batch_size, config.max_bad_samples
+    for problem in quick_check(
+        dataset.manifest, dataset.images, training=dataset.train_rows, global_batch_size=batch_size, max_bad_samples=limit
+    ):
+        log.warning(problem.text, extra={"problem": problem.name})
+    if not config.val_csv:
+        return
+    held_out_keys = set(dataset.held_out.keys)
+    if shared := len(held_out_keys & {key for key in dataset.manifest.keys if key in held_out_keys}):
+        log.warning(
+            "images of --val-csv are also in --csv, so scores will be too good",
+            extra={"problem": "held-out-images-in-training", "images": shared},
+        )
+    rows = dataset.held_out_rows
+    try:
+        for problem in quick_check(
+            dataset.held_out, dataset.held_out_images, training=rows, global_batch_size=1, max_bad_samples=limit
+        ):
+            log.warning("--val-csv: %s", problem.text)
+    except DataError as error:
+        raise DataError(f"--val-csv {config.val_csv}: {error}") from None
+
+
+def _read_held_out(path: Path, *, like: Manifest, key_prefix: str) -> Manifest:
+    """The CSV of held-out pairs: read as the training CSV was if its first line has the same two columns, else by itself."""
+    first_line = ""
+    with contextlib.suppress(OSError), path.open(encoding="utf-8-sig", errors="replace") as file:
+        first_line = file.readline()  # what can't be read, read_manifest explains
+    names = {name.strip(' "\r\n') for name in first_line.split(like.separator)}
+    if not {like.image_column, like.caption_column} <= names:
+        return read_manifest(path, key_prefix=key_prefix)
+    columns = {"image_column": like.image_column, "caption_column": like.caption_column}
+    return read_manifest(path, separator=like.separator, key_prefix=key_prefix, **columns)
+
+
+def check_job(config: Config, *, all_images: bool) -> Report:
+    """The whole preflight of `clipjob check`: what is wrong with the data, and what the job will take."""
+    with staging_area(config, check=lambda: None) as staging:
+        return _check_data(*read_data(config, staging, check=False), all_images=all_images)
+
+
+def _check_data(config: Config, dataset: Dataset, *, all_images: bool) -> Report:
+    tokenizer, context_length = tokenizer_for(config.model)
+    parameters = parameter_count(config.model)
+    return check_data(
+        dataset.manifest,
+        dataset.images,
+        token_lengths=lambda texts: full_lengths(tokenizer, texts),
+        decode=decode,
+        context_length=context_length,
+        global_batch_size=config.global_batch_size,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        val_fraction=0.0 if config.val_csv else config.val_fraction,
+        max_bad_samples=config.max_bad_samples,
+        weight_bytes=4 * parameters,
+        optimizer_bytes=8 * parameters,
+        keep_checkpoints=config.keep_checkpoints,
+        keep_every=config.keep_every,
+        run=config.run,
+        threads=config.threads,
+        all_images=all_images,
+    )
