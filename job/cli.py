@@ -94,14 +94,14 @@ def check(config_file: str, all_images: bool, as_json: bool, **flags: Any) -> in
     """
     from job.data.check_report import Report, render_table
     from job.runtime.log import set_up_logging
-    from job.storage import options
+    from job.storage.options import configure_storage
     from job.storage.probe import probe
 
     set_up_logging()
     given = {"run": "", **_given(flags, config_file)}
     data_too = bool(given.get("csv") or given.get("lmdb") or not given["run"])
     config = resolve(given, require_run=False) if data_too else None  # what is missing is told before anything is tried
-    options.configure(options.parse(given.get("storage_option", "")))
+    configure_storage(given.get("storage_option", ""))
     storage = probe(given["run"]) if given["run"] else []
     report = Report({}, [], storage)
     if config:

@@ -182,11 +182,12 @@ def _brief(value: Any) -> Any:
     return f"{value[:12]}…" if isinstance(value, str) else value
 
 
-def describe_attempt(device: torch.device) -> dict[str, Any]:
+def describe_attempt(device: torch.device, *, metrics_port: int) -> dict[str, Any]:
     """Where and with what an attempt runs, for its claim."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "metrics_port": metrics_port,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
         "versions": {
             "clipjob": job.__version__,

@@ -29,7 +29,7 @@ from job.data.captions import Captions
 from job.data.dataset import Dataset
 from job.data.order import steps_in
 from job.data.staging import Staging
-from job.errors import DataError, JobError, TrainingError, exit_code_of
+from job.errors import DataError, JobError, StorageError, TrainingError, exit_code_of
 from job.evaluate.export import export_run
 from job.inputs import Beside, open_dataset, read_tables, stage_lmdbs, staging_area
 from job.model.build import WEIGHTS_FILE, ClipModel, build_base
@@ -39,6 +39,7 @@ from job.model.weights import load_weights
 from job.runtime.device import autocast_dtype, choose_device, choose_precision, cores, device_failure
 from job.runtime.history import History
 from job.runtime.memory import keep_freed_memory
+from job.runtime.metrics import Metrics
 from job.runtime.progress import Progress, StagingProgress
 from job.runtime.schedule import CheckpointClock, due_at_step
 from job.runtime.stop import StopSignal
@@ -78,10 +79,14 @@ def train(config: Config, *, store: RunStore, stop: StopSignal) -> Outcome:
     keep_freed_memory()
     check_storage(config.run)
     with (
+        contextlib.closing(Metrics(port=config.metrics_port)) as metrics,
+        contextlib.closing(StagingProgress(also=metrics.staging)) as progress,
         working_folder(config.scratch, run=config.run) as scratch,
-        staging_area(config, check=lambda: stop.check("staging the data"), progress=StagingProgress()) as staging,
+        staging_area(config, check=lambda: stop.check("staging the data"), progress=progress) as staging,
     ):
-        outcome = run_attempt(config, store=store, stop=stop, device=device, scratch=scratch, staging=staging, started=started)
+        outcome = run_attempt(
+            config, store=store, stop=stop, device=device, scratch=scratch, staging=staging, metrics=metrics, started=started
+        )
         if outcome is Outcome.COMPLETE and not config.keep_staged:
             staging.purge()
         return outcome
@@ -95,6 +100,7 @@ def run_attempt(
     device: torch.device,
     scratch: Path,
     staging: Staging,
+    metrics: Metrics,
     started: float,
 ) -> Outcome:
     """Opens the data, claims the run, and trains."""
@@ -108,7 +114,7 @@ def run_attempt(
     captions.tokenise_until(lambda: lmdbs.done or stop.requested)
     dataset = open_dataset(config, tables, lmdbs.result())
     compare_with_run(config, store, dataset)
-    attempt = store.claim(describe_attempt(device))
+    attempt = store.claim(describe_attempt(device, metrics_port=metrics.port))
     log.info("attempt", extra={"run": config.run, "attempt": attempt, "device": str(device), "precision": config.precision})
     try:
         abort_uploads(store.uri)
@@ -124,11 +130,13 @@ def run_attempt(
             device=device,
             base=base,
             scratch=scratch,
+            metrics=metrics,
             started=started,
         )
     except Exception as error:
         failure = device_failure(error)
-        note_end(store, exit_code_of(failure), str(failure) or type(failure).__name__)
+        if not (isinstance(failure, StorageError) and "://" in store.uri):  # it would fail as well, after as many tries
+            note_end(store, exit_code_of(failure), str(failure) or type(failure).__name__)
         if failure is error:
             raise
         raise failure from error
@@ -155,6 +163,7 @@ def run_steps(
     device: torch.device,
     base: Path,
     scratch: Path,
+    metrics: Metrics,
     started: float,
 ) -> Outcome:
     """From the newest checkpoint to the result, or to a signal."""
@@ -179,6 +188,11 @@ def run_steps(
     with contextlib.ExitStack() as closing:
         progress = Progress(steps=steps, done=state.step, every=config.log_every, steps_per_epoch=steps_per_epoch)
         closing.callback(progress.close)
+
+        def saved(step: int, seconds: float, **figures: Any) -> None:
+            progress.saved(step, seconds, **figures)
+            metrics.saved(step, seconds, **figures)
+
         writer = CheckpointWriter(
             store,
             scratch=scratch,
@@ -186,7 +200,8 @@ def run_steps(
             keep_every=config.keep_every,
             patience_seconds=config.storage_patience.value,
             stopping=lambda: stop.requested,
-            on_saved=progress.saved,
+            on_saved=saved,
+            on_waiting=metrics.waiting.set,
         )
         writer.last_step = state.step if restored else -1
         closing.callback(writer.close)
@@ -197,6 +212,7 @@ def run_steps(
         def on_row(row: dict[str, Any]) -> None:
             count_nonfinite(state, row)
             progress.step(row, samples=batch_size)
+            metrics.step.set(row["step"])
 
         history = History(on_row)
         named: set[str] = set()  # images that can't be decoded, each told once
@@ -211,12 +227,12 @@ def run_steps(
         while True:
             last = state.step == steps
             due = state.step == 0 or last or due_at_step(config.evaluate_every, state.step, steps_per_epoch=steps_per_epoch)
-            metrics = evaluate(progress.evaluating) if evaluate and due and state.evaluated_step != state.step else None
+            scores = evaluate(progress.evaluating) if evaluate and due and state.evaluated_step != state.step else None
             best = False
-            if metrics is not None:
-                best = state.take_metrics(metrics)
-                history.add_evaluation(state.step, metrics)
-                progress.evaluated(state.step, metrics, best=best)
+            if scores is not None:
+                best = state.take_metrics(scores)
+                history.add_evaluation(state.step, scores)
+                progress.evaluated(state.step, scores, best=best)
                 history.restart_clock()
             complete = last and (not evaluate or state.evaluated_step == state.step)
             stopping = stop.requested and not complete  # read once: a signal that comes later is met at the next step
@@ -225,7 +241,7 @@ def run_steps(
                 writer.make_way(state.step)
             failed = writer.notice_failure()
             kept = config.keep_every > 0 and state.step % config.keep_every == 0
-            unsaved = state.step != writer.last_step or metrics is not None
+            unsaved = state.step != writer.last_step or scores is not None
             must_save = best or last or stopping or kept or failed or state.step == 0
             if unsaved and (must_save or (clock.due(state.step) and not writer.busy)):
                 save(needed="always" if kept or state.step == 0 else "best" if best else "")

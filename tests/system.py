@@ -147,7 +147,7 @@ def clean_environment() -> dict[str, str]:
 
 def train_command(run: Path | str, **settings: Any) -> list[str]:
     """`train` of the demo's small model on its images. Args: settings: by Config's names; None leaves one out."""
-    chosen: dict[str, Any] = {**demo_settings(), "run": str(run), "device": "cpu", "log_every": 1, **settings}
+    chosen: dict[str, Any] = {**demo_settings(), "run": str(run), "device": "cpu", "log_every": 1, "metrics_port": 0, **settings}
     flags = (("--" + name.replace("_", "-"), str(value)) for name, value in chosen.items() if value is not None)
     return ["train", *(word for flag in flags for word in flag)]
 

@@ -27,7 +27,7 @@ ON_S3 = [*EVERYWHERE[:-1], "checksum", "multipart", "list-uploads", "abort-uploa
 DENIED = faultproxy.error(403, "AccessDenied")
 
 
-class Careless(MemoryFileSystem):
+class Careless(MemoryFileSystem):  # type: ignore[misc]
     """A filesystem that knows no create-only writes, as some are: it replaces what is there."""
 
     protocol = "careless"

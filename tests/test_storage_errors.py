@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import urllib3
-from botocore import exceptions as botocore_errors  # type: ignore[import-untyped]
-from s3fs.errors import translate_boto_error  # type: ignore[import-untyped]
+from botocore import exceptions as botocore_errors
+from s3fs.errors import translate_boto_error
 from s3server import BUCKET, KEY, SECRET, S3Server, running_server, use_s3
 
 from job.errors import AccessError, ConfigError, JobError, StorageError
@@ -110,7 +110,9 @@ def _reply(code: str, status: int, operation: str, **details: str) -> Any:
     return botocore_errors.ClientError(response, operation)
 
 
-REFUSALS = [
+Case = tuple[str, int, str, type[JobError], str]
+
+REFUSALS: list[Case] = [
     ("InvalidAccessKeyId", 403, "GetObject", AccessError, "does not know the access key.*AWS_ACCESS_KEY_ID"),
     ("SignatureDoesNotMatch", 403, "GetObject", AccessError, "secret does not belong.*AWS_SECRET_ACCESS_KEY"),
     ("RequestTimeTooSkewed", 403, "GetObject", AccessError, "clocks.*NTP"),
@@ -135,7 +137,7 @@ REFUSALS = [
     ("QuotaExceeded", 403, "PutObject", StorageError, "quota is full"),
     ("PreconditionFailed", 412, "GetObject", StorageError, "changed or removed"),
 ]
-FAILURES = [
+FAILURES: list[Case] = [
     ("SlowDown", 503, "PutObject", StorageError, "failing: it is too busy.*fewer jobs"),
     ("503", 503, "HeadObject", StorageError, "failing: it is too busy"),
     ("TooManyRequests", 429, "GetObject", StorageError, "failing: it is too busy"),

@@ -45,17 +45,9 @@ def test_what_is_no_pair_or_contradicts_itself_is_2(text: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "key",
-        "secret",
-        "token",
-        "password",
-        "aws_access_key_id",
-        "SSECustomerKey",
-        "SSECustomerAlgorithm",
-        "account_key",
-        "sas_token",
-    ]
-    + ["connection_string", "CopySourceSSECustomerKey", "aws_session_token", "client_secret", "Key"],
+        *("key", "Key", "secret", "token", "password", "aws_access_key_id", "aws_session_token", "client_secret", "account_key"),
+        *("sas_token", "connection_string", "SSECustomerKey", "SSECustomerAlgorithm", "CopySourceSSECustomerKey"),
+    ],
 )
 def test_credentials_are_refused_and_not_repeated(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"--storage-option {name} carries credentials.*AWS_ACCESS_KEY_ID") as caught:
@@ -131,13 +123,27 @@ def test_encryption_is_asked_for_with_every_new_object(
     assert not [rule for rule in others if rule.matched]
 
 
+def test_options_that_are_known_later_reach_new_requests(s3_uri: str) -> None:
+    files.write_bytes(files.join(s3_uri, "x"), b"1")
+    use("ServerSideEncryption=AES256")
+    filesystem, _ = remote.open_uri(s3_uri)
+    assert filesystem.s3_additional_kwargs == {"ServerSideEncryption": "AES256"}
+
+
+def test_options_that_a_store_does_not_get_are_named_in_a_warning(s3_uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    use("project=lab,RequestPayer=requester")
+    remote.open_uri(s3_uri)
+    remote.open_uri(s3_uri)
+    assert [record.options for record in caplog.records if "for other stores" in record.message] == [["project"]]  # type: ignore[attr-defined]
+
+
 def test_options_of_other_protocols_reach_their_client() -> None:
     use("auto_mkdir=true")
     filesystem, _ = remote.open_uri("local:///tmp/x")
     assert filesystem.auto_mkdir is True
 
 
-class Picky(MemoryFileSystem):
+class Picky(MemoryFileSystem):  # type: ignore[misc]
     protocol = "picky"
 
     def __init__(self, *, use_listings_cache: bool, known: str = "") -> None:

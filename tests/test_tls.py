@@ -31,7 +31,7 @@ def make_certificate(folder: Path, *, name: str = "127.0.0.1", days: int = 1) ->
     identifier = x509.SubjectKeyIdentifier.from_public_key(root.public_key())
     begun, last = now - dt.timedelta(days=3), now + dt.timedelta(days=3)
     authority = (
-        x509.CertificateBuilder(issuer, issuer, root.public_key(), x509.random_serial_number(), begun, now + dt.timedelta(days=3))
+        x509.CertificateBuilder(issuer, issuer, root.public_key(), x509.random_serial_number(), begun, last)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .add_extension(identifier, critical=False)
         .sign(root, hashes.SHA256())

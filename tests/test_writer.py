@@ -112,9 +112,8 @@ def test_while_storage_fails_only_the_newest_the_best_and_the_kept_wait_and_go_o
     assert not saves.busy, "a due save may take the place of one that waits"
     for step, needed in ((2, ""), (3, "best"), (4, ""), (5, "best"), (6, ""), (7, "")):
         save(saves, step, needed)
+    until(lambda: sorted(path.name.split("-")[0] for path in store.folder.iterdir()) == ["1", "5", "7"])  # no more than those wait
     until(lambda: waiting[-1] == 3)
-    folders = sorted(path.name.split("-")[0] for path in store.folder.iterdir())
-    assert folders == ["1", "5", "7"], "local disk holds no more than those that wait"
     store.down = None
     saves.wait()
     assert store.saved == [1, 5, 7]

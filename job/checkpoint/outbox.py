@@ -149,7 +149,7 @@ class Outbox:
                 hopeless = self._failing_since and now - max(self._failing_since, hurried_since) > EXIT_PATIENCE_SECONDS
                 silent = now - max(self._moved_at, hurried_since) > EXIT_SILENCE_SECONDS
             if hurried_since and (hopeless or silent):
-                raise self._out_of_patience()
+                self._end(self._out_of_patience())
 
     def close(self) -> None:
         """Ends the thread after what it does now; what was not sent is removed, as after a kill."""
@@ -259,6 +259,8 @@ class Outbox:
     def _end(self, failure: BaseException) -> None:
         with self._changed:
             self._failure = failure
+            for entry in list(self._entries):
+                self._drop(entry)
             self._changed.notify_all()
 
     def _out_of_patience(self) -> StorageError:

@@ -8,6 +8,7 @@ from job.checkpoint.commit import CLAIM_NAME, DATA_NAME, Commit, Rejection, comm
 from job.checkpoint.transfer import check_sizes
 from job.errors import ConfigError, JobError
 from job.storage import files
+from job.storage.probe import PLACE as PROBES
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ def remove_run(uri: str) -> int:
     for part in LAYOUT:
         removed += sum(name == part or name.startswith(part + "/") for name in listed)
         files.remove(files.join(uri, part)) if "." in part else files.remove_tree(files.join(uri, part))
+    for folder in {name.split("/")[0] for name in listed if name.startswith(PROBES)}:  # of a killed attempt
+        files.remove_tree(files.join(uri, folder))
     if files.is_local(uri):
         with contextlib.suppress(OSError):  # other people's files are in it
             files.local_path(uri).rmdir()

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class ImageSource(Protocol):
-    def get(self, key: str) -> bytes | None: ...
+    def get(self, key: str) -> bytes | bytearray | None: ...
 
 
 class Keys(Protocol):

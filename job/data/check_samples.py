@@ -96,7 +96,7 @@ class _Looked:
     bad: list[tuple[str, str]]
 
 
-def _look(keys: list[str], images: Images, decode: Callable[[bytes], Any]) -> _Looked:
+def _look(keys: list[str], images: Images, decode: Callable[[bytearray], Any]) -> _Looked:
     looked = _Looked(np.zeros((len(keys), 2), np.int32), np.zeros(len(keys), np.uint64), Counter(), [])
     for number, key in enumerate(keys):
         data = images.get(key)
@@ -111,7 +111,7 @@ def _look(keys: list[str], images: Images, decode: Callable[[bytes], Any]) -> _L
     return looked
 
 
-def _format(data: bytes) -> str:
+def _format(data: bytes | bytearray) -> str:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((name for magic, name in _FORMATS if data.startswith(magic)), "other")
@@ -123,7 +123,7 @@ def check_images(
     images: Images,
     *,
     is_held_out: NDArray[np.bool_],
-    decode: Callable[[bytes], Any],
+    decode: Callable[[bytearray], Any],
     threads: int,
     max_bad_samples: float,
 ) -> Findings:

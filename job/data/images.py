@@ -31,8 +31,11 @@ class Images:
         self._shards = tuple(shards)
         self._entries = sum(shard.entries for shard in shards)
 
-    def get(self, key: str) -> bytes | None:
-        """The encoded image, a copy that outlives the transaction; None if there is no such key. Raises: DataError."""
+    def get(self, key: str) -> bytearray | None:
+        """The encoded image, a copy that outlives the transaction; None if there is no such key. Raises: DataError.
+
+        A bytearray, because torch takes what may be written to without copying it again.
+        """
         encoded = key.encode()
         if 0 < len(encoded) <= MAX_KEY_BYTES:
             for shard in self._shards:

@@ -20,7 +20,6 @@ try:
     import torchvision.io as torchvision_io
 
     warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
-    warnings.filterwarnings("ignore", message="The given buffer is not writable")
 except ImportError:
     torchvision_io = None
 
@@ -51,7 +50,7 @@ class View:
     fill_color: int = 0
 
 
-def decode(data: bytes) -> Tensor:
+def decode(data: bytes | bytearray) -> Tensor:
     """RGB pixels, upright by EXIF, transparent parts over white; the first frame of an animation.
 
     Returns: uint8 (3, H, W).
@@ -70,15 +69,15 @@ def decode(data: bytes) -> Tensor:
         raise BadImage(str(error).splitlines()[0][:200] if str(error) else type(error).__name__) from None
 
 
-def _decode_jpeg(data: bytes) -> Tensor:
+def _decode_jpeg(data: bytes | bytearray) -> Tensor:
     if torchvision_io is None:
         return _decode_with_pillow(data)
-    raw = torch.frombuffer(data, dtype=torch.uint8)  # not writable, which torch warns of; the decoder only reads
+    raw = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
     decoded: Tensor = torchvision_io.decode_jpeg(raw, mode=torchvision_io.ImageReadMode.RGB, apply_exif_orientation=True)
     return decoded
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
+def _jpeg_size(data: bytes | bytearray) -> tuple[int, int]:
     """(height, width) from the first frame header, without decoding."""
     at = 2
     while at + 9 <= len(data):
@@ -96,7 +95,7 @@ def _refuse_bomb(height: int, width: int) -> None:
         raise BadImage(f"it claims {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}")
 
 
-def _decode_with_pillow(data: bytes) -> Tensor:
+def _decode_with_pillow(data: bytes | bytearray) -> Tensor:
     with Image.open(io.BytesIO(data)) as opened:
         _refuse_bomb(opened.height, opened.width)
         image = ImageOps.exif_transpose(opened)

@@ -29,12 +29,12 @@ class Shard:
         self.entries: int = environment.stat()["entries"]
         self._environment: Any = environment
 
-    def get(self, key: bytes) -> bytes | None:
+    def get(self, key: bytes) -> bytearray | None:
         """A copy of the value that outlives the transaction; None if there is no such key."""
         try:
-            with self._environment.begin() as transaction:
-                value: bytes | None = transaction.get(key)
-                return value
+            with self._environment.begin(buffers=True) as transaction:
+                value: memoryview | None = transaction.get(key)
+                return None if value is None else bytearray(value)
         except _DAMAGES as error:
             raise self._damaged(error) from None
 

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
@@ -17,16 +18,19 @@ LIVE_LINE = "step {n}/{total} |{bar:12}| {elapsed} + {remaining}{postfix}"
 
 
 class StagingProgress:
-    """Shows files on their way to scratch: a bar each on a terminal, a log line now and then elsewhere. Called from any thread."""
+    """Shows files on their way to scratch: a bar each on a terminal, a log line now and then elsewhere. Close it.
 
-    def __init__(self) -> None:
+    Called from any thread. Args: also: called with the same.
+    """
+
+    def __init__(self, *, also: Callable[[str, int, int], None]) -> None:
+        self._also = also
         self._bars: dict[str, Any] = {}
-        self._began: dict[str, float] = {}
-        self._told: dict[str, float] = {}
+        self._told = time.monotonic()
 
     def __call__(self, name: str, done: int, planned: int) -> None:
         """So many bytes of a file are here."""
-        now = time.monotonic()
+        self._also(name, done, planned)
         if sys.stderr.isatty():
             if name not in self._bars:
                 self._bars[name] = tqdm(
@@ -39,17 +43,14 @@ class StagingProgress:
                     file=sys.stderr,
                     leave=False,
                 )
-            bar = self._bars[name]
-            bar.update(done - bar.n)
-            if done >= planned:
-                self._bars.pop(name).close()
-            return
-        began, told = self._began.setdefault(name, now), self._told.setdefault(name, now)
-        if now - told >= STAGING_LOG_SECONDS and done < planned:
-            self._told[name] = now
-            log.info(
-                "staging goes on", extra={"file": name, "bytes": done, "planned_bytes": planned, "seconds": round(now - began, 1)}
-            )
+            self._bars[name].update(done - self._bars[name].n)
+        elif time.monotonic() - self._told >= STAGING_LOG_SECONDS and done < planned:
+            self._told = time.monotonic()
+            log.info("staging goes on", extra={"file": name, "bytes": done, "planned_bytes": planned})
+
+    def close(self) -> None:
+        for bar in self._bars.values():
+            bar.close()
 
 
 class Progress:

@@ -6,14 +6,11 @@ the fsspec package of another protocol (gcsfs, adlfs, …). Credentials are neit
 
 import difflib
 import functools
-import logging
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from job.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 _FOR_S3 = (
     "ACL",
@@ -102,6 +99,12 @@ def for_protocol(protocol: str) -> dict[str, Any]:
     carried = {key: _value(value) for key, value in _chosen.items() if key[:1].isupper()}
     payer = carried.pop("RequestPayer", None)  # s3fs has its own word for it, without which it lists at the owner's expense
     return {"s3_additional_kwargs": carried, "requester_pays": payer == "requester"} if carried or payer else {}
+
+
+def names_for_others(protocol: str) -> list[str]:
+    """The options that a protocol's client does not get."""
+    for_s3 = protocol in ("s3", "s3a")
+    return sorted(name for name in _chosen if name[:1].isupper() != for_s3)
 
 
 def _value(text: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from job.errors import ConfigError
 from job.storage import s3
 from job.storage.explain import response_code, shown
-from job.storage.options import for_protocol
+from job.storage.options import for_protocol, names_for_others
 from job.storage.parallel import retried
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ REQUEST_SECONDS = 40
 CONFLICT_TRIES = 6
 
 _lock = threading.Lock()
-_filesystems: dict[tuple[str, int], Any] = {}
+_filesystems: dict[tuple[str, int, str], Any] = {}
 _refuses_second: dict[str, bool] = {}
 """By bucket: whether a second create-only write of one name was refused. Absent: not tried yet."""
 
@@ -39,15 +39,18 @@ def open_uri(uri: str) -> tuple[Any, str]:
 
     protocol = uri.split("://", 1)[0]
     with _lock:
-        key = (protocol, os.getpid())  # s3fs refuses to work in a forked child
+        chosen = for_protocol(protocol)
+        key = (protocol, os.getpid(), repr(chosen))  # s3fs refuses to work in a forked child
         if key not in _filesystems:
-            options = {**(_s3_options() if is_s3(uri) else {}), **for_protocol(protocol)}
+            options = {**(_s3_options() if is_s3(uri) else {}), **chosen}
             try:
                 filesystem = fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True, **options)
             except TypeError as error:
-                if not for_protocol(protocol):
+                if not chosen:
                     raise
                 raise ConfigError(f"--storage-option is not understood by the client of {protocol}://: {error}.") from error
+            if others := names_for_others(protocol):
+                logger.warning("these storage options are for other stores", extra={"options": others, "protocol": protocol})
             if is_s3(uri):
                 filesystem.retries = 1  # parallel.py tries again: s3fs and botocore would multiply to 10 or 20 requests
             _filesystems[key] = filesystem
