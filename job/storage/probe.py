@@ -45,8 +45,12 @@ class _Lacking(Exception):
 def check_storage(uri: str) -> None:
     """Makes sure that a run can live at a URI, in about seven requests; warns of what is only degraded.
 
+    Of a local path its first write tells as much, and a bad setting that is found later should leave nothing there.
+
     Raises: AccessError, StorageError, ConfigError.
     """
+    if files.is_local(uri):
+        return
     for finding in probe(uri, thorough=False):
         if finding.error and finding.fatal:
             raise finding.error
@@ -61,7 +65,7 @@ def probe(uri: str, *, thorough: bool = True) -> list[Finding]:
     Returns: a finding for each operation that was tried. Where nothing can be written, little else can be.
     """
     tried = _Probe(uri, files.join(uri, PLACE + uuid.uuid4().hex))
-    missing = _missing_folders(tried.place, above=thorough) if files.is_local(uri) else []
+    missing = _missing_folders(tried.place) if files.is_local(uri) else []
     try:
         tried.all(thorough=thorough)
     finally:
@@ -72,10 +76,10 @@ def probe(uri: str, *, thorough: bool = True) -> list[Finding]:
     return tried.findings
 
 
-def _missing_folders(place: str, *, above: bool) -> list[Path]:
-    """The folders that a probe of a local path will make, deepest first. Args: above: not only its own."""
+def _missing_folders(place: str) -> list[Path]:
+    """The folders that a probe of a local path will make, deepest first."""
     folder = files.local_path(place).absolute()
-    return [missing for missing in (folder, *folder.parents) if not missing.exists()] if above else [folder]
+    return [missing for missing in (folder, *folder.parents) if not missing.exists()]
 
 
 class _Probe:
