@@ -1,5 +1,6 @@
 """The commands. Each imports what it needs when it runs, so `clipjob --help` answers at once."""
 
+import contextlib
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ import click
 
 import job
 from job.config import FIELDS, field_type, flag, parse_value, type_name
-from job.errors import ConfigError
+from job.errors import ConfigError, JobError
 from job.runtime.stop import StopSignal
 from job.settings import merge, resolve, settings_of
 
@@ -218,6 +219,7 @@ def _run_uri(run: str) -> str:
 
 
 def _train(stop: StopSignal, given: dict[str, Any]) -> int:
+    from job.checkpoint.commit import commit_entries
     from job.checkpoint.store import RunStore
     from job.result import result_table
     from job.runtime.log import set_up_logging
@@ -240,7 +242,9 @@ def _train(stop: StopSignal, given: dict[str, Any]) -> int:
 
         stop.check("importing")
         if train(config, store=store, stop=stop) is Outcome.STOPPED:
-            step = next((f" at step {commit.step}" for commit in store.commits()), "")
+            step = ""
+            with contextlib.suppress(JobError):  # it is durable; this is only to tell where
+                step = next((f" at step {step}" for _, step, _ in commit_entries(store.uri)), "")
             sys.stderr.write(f"clipjob: {stop.name}: saved{step}. Run the same command to go on.\n")
             return 75
         result = store.result()

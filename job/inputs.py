@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
@@ -51,18 +51,16 @@ def staging_area(
             raise DataError("Staging was given up, for the job has ended.")
 
     staging = Staging(scratch_root(config.scratch), limit_bytes=config.scratch_limit_bytes, check=go_on, progress=progress)
-    switch_seconds = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         yield staging
     finally:
         left.set()
-        sys.setswitchinterval(switch_seconds)
         staging.close()
 
 
 class Beside(Generic[T]):
-    """A call on a thread of its own, a daemon: the end of the job does not wait for it."""
+    """A call on a thread of its own, a daemon: the end of the job does not wait for it. While in its context, this thread lets
+    the other one work often."""
 
     def __init__(self, call: Callable[[], T]) -> None:
         self._call = call
@@ -70,6 +68,14 @@ class Beside(Generic[T]):
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="staging")
         self._thread.start()
+        self._switch_seconds = sys.getswitchinterval()
+
+    def __enter__(self) -> Self:
+        sys.setswitchinterval(SWITCH_SECONDS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setswitchinterval(self._switch_seconds)
 
     @property
     def done(self) -> bool:
@@ -78,9 +84,13 @@ class Beside(Generic[T]):
     def result(self) -> T:
         """Waits. Raises: what the call raised."""
         self._thread.join()
+        self.raise_failure()
+        return self._value
+
+    def raise_failure(self) -> None:
+        """Raises: what the call raised, if it has ended."""
         if self._failure is not None:
             raise self._failure
-        return self._value
 
     def _run(self) -> None:
         try:

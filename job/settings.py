@@ -12,6 +12,7 @@ from job.config import AUTO, FIELDS, Config, Interval, flag, parse_value
 from job.errors import ConfigError, ResumeError
 
 ENVIRONMENT_PREFIX = "CLIPJOB_"
+_CREDENTIALS = re.compile(r"://[^/]*@|[?&](X-Amz-)?(Signature|Credential|Security-Token|sig)=", re.IGNORECASE)
 
 
 def _nearest(name: str, *, prefix: str = "") -> str:
@@ -79,6 +80,11 @@ def merge(*, flags: Mapping[str, Any], environ: Mapping[str, str], config_file: 
     for name in ("run", "csv", "lmdb", "val_csv", "val_lmdb", "scratch", "init_from"):
         if given.get(name) and "://" not in given[name]:
             given[name] = _absolute(given[name], several=name in ("lmdb", "val_lmdb"))
+        elif given.get(name) and _CREDENTIALS.search(given[name]):
+            raise ConfigError(
+                f"{flag(name)} carries credentials, and the run would keep them. Give a plain URI, and credentials where every "
+                "client looks (AWS_ACCESS_KEY_ID, ~/.aws, a role)."
+            )
         elif given.get(name) and not given[name].split("://")[1].strip("/"):
             raise ConfigError(f"{flag(name)} {given[name]} names no place. Give all of it, such as s3://bucket/folder.")
     for name in ("model", "pretrained"):  # a name of open_clip, unless there is such a file

@@ -101,7 +101,7 @@ def find_base(config: Config, store: RunStore, scratch: Path, staging: Staging) 
         )
     made = scratch / "new-base"
     if config.init_from:
-        write_base(made, model=str(_fetch_export(config.init_from, scratch)), pretrained="", seed=config.seed)
+        write_base(made, model=str(_fetch_export(config.init_from, scratch, check=store.check)), pretrained="", seed=config.seed)
     else:
         pretrained = config.pretrained
         if "://" in pretrained:
@@ -110,8 +110,9 @@ def find_base(config: Config, store: RunStore, scratch: Path, staging: Staging) 
     return made, True
 
 
-def _fetch_export(run: str, scratch: Path) -> Path:
+def _fetch_export(run: str, scratch: Path, *, check: Callable[[], None]) -> Path:
     source = RunStore(run)
+    source.check = check
     for name in ("export/best", "export/final"):
         folder = source.fetch_folder(name, scratch / "init")
         if folder is not None:

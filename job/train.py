@@ -104,15 +104,19 @@ def run_attempt(
     started: float,
 ) -> Outcome:
     """Opens the data, claims the run, and trains."""
-    lmdbs = Beside(partial(stage_lmdbs, config, staging))
-    config, tables = read_tables(config, staging)
-    stop.check("reading the data")
-    base, base_is_new = find_base(config, store, scratch, staging)
-    stop.check("building the model")
-    clip = build_base(base)
-    captions = captions_of(config, tables.manifest.captions, clip)
-    captions.tokenise_until(lambda: lmdbs.done or stop.requested)
-    dataset = open_dataset(config, tables, lmdbs.result())
+    store.check = lambda: stop.check("files of the run were on their way")
+    with Beside(partial(stage_lmdbs, config, staging)) as lmdbs:
+        config, tables = read_tables(config, staging)
+        lmdbs.raise_failure()
+        stop.check("reading the data")
+        base, base_is_new = find_base(config, store, scratch, staging)
+        lmdbs.raise_failure()
+        stop.check("building the model")
+        clip = build_base(base)
+        captions = captions_of(config, tables.manifest.captions, clip)
+        captions.tokenise_until(lambda: lmdbs.done or stop.requested)
+        paths = lmdbs.result()
+    dataset = open_dataset(config, tables, paths)
     compare_with_run(config, store, dataset)
     attempt = store.claim(describe_attempt(device, metrics_port=metrics.port))
     log.info("attempt", extra={"run": config.run, "attempt": attempt, "device": str(device), "precision": config.precision})
@@ -201,6 +205,7 @@ def run_steps(
             patience_seconds=config.storage_patience.value,
             stopping=lambda: stop.requested,
             on_saved=saved,
+            on_failed=metrics.save_failed,
             on_waiting=metrics.waiting.set,
         )
         writer.last_step = state.step if restored else -1

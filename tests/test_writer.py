@@ -3,6 +3,7 @@
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from job.checkpoint.state import TrainState, write_files
 from job.checkpoint.store import RunStore
 from job.checkpoint.writer import CheckpointWriter
 from job.errors import AccessError, StorageError, Superseded
+from job.storage import files
 
 PATIENCE_SECONDS = 30.0
 
@@ -40,15 +42,19 @@ class Store:
     def write_history(self, _lines: bytes) -> None:
         pass
 
-    def save(self, step: int, _files: Any, *, info: dict[str, Any], check: Callable[[], None], sent: Callable[[int], None]) -> None:
+    def send(self, step: int, _files: Any, *, check: Callable[[], None], sent: Callable[[int], None]) -> tuple[str, dict[str, Any]]:
         self.tried.append(step)
-        sent(self.arrived)
+        if self.arrived:
+            sent(self.arrived)
         self.entered.set()
         while not self.open.wait(0.01):
             check()
         check()
         if self.down:
             raise self.down
+        return f"data-{step}", {}
+
+    def commit(self, step: int, *, data: str, stored: Any, info: Any) -> None:
         self.saved.append(step)
 
     def prune(self, **_: Any) -> None:
@@ -96,9 +102,10 @@ def test_a_save_waits_for_no_upload(store: Store) -> None:
         save(saves, step)
     assert time.monotonic() - began < 5
     assert saves.busy
+    until(lambda: sorted(path.name.split("-")[0] for path in store.folder.iterdir()) == ["1", "3"])
     store.open.set()
     saves.wait()
-    assert store.saved == [1, 2, 3]
+    assert store.saved == [1, 3], "2 waited behind 1 until 3 could take its place"
     assert not saves.busy
     saves.close()
 
@@ -255,6 +262,8 @@ def test_an_outbox_that_was_given_up_uploads_nothing_more(store: Store, tmp_path
         patience_seconds=1,
         stopping=lambda: False,
         on_sent=nothing,
+        on_lost=nothing,
+        on_failed=nothing,
         on_waiting=nothing,
     )
     store.open.clear()
@@ -268,18 +277,166 @@ def test_an_outbox_that_was_given_up_uploads_nothing_more(store: Store, tmp_path
     assert store.saved == []
 
 
+def test_an_upload_that_moves_again_after_an_outage_is_not_dropped(store: Store) -> None:
+    saves = writer_of(store)
+    store.down = StorageError("no route")
+    save(saves, 1)
+    until(lambda: store.tried and not saves.busy)
+    store.down, store.arrived = None, 10**9
+    store.open.clear()
+    tries = len(store.tried)
+    until(lambda: len(store.tried) > tries)
+    assert saves.busy, "no interval save is begun while one is on its way"
+    save(saves, 2, "best")
+    store.open.set()
+    saves.wait()
+    assert store.saved == [1, 2]
+    saves.close()
+
+
+def test_local_disk_is_bounded_while_storage_is_slow(store: Store) -> None:
+    store.open.clear()
+    saves = writer_of(store)
+    for step in range(1, 9):
+        save(saves, step, "best")
+    until(lambda: sorted(path.name.split("-")[0] for path in store.folder.iterdir()) == ["1", "8"])
+    store.open.set()
+    saves.wait()
+    assert store.saved == [1, 8]
+    saves.close()
+
+
+def test_after_the_end_nothing_holds_up_the_exit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any) -> dict[str, Path]:
+        begun.set()
+        assert go_on.wait(10)
+        return write_files(*arguments)
+
+    saves = writer_of(store)
+    store.open.clear()
+    save(saves, 1)
+    assert store.entered.wait(10)
+    monkeypatch.setattr(writer, "write_files", slowly)
+    save(saves, 2)
+    assert begun.wait(10)
+    store.down = Superseded("attempt 2 owns the run")
+    store.open.set()
+    until(lambda: saves._outbox._ended)
+    go_on.set()
+    began = time.monotonic()
+    saves.close()
+    assert time.monotonic() - began < outbox.EXIT_SILENCE_SECONDS / 2
+    assert list(store.folder.iterdir()) == []
+
+
+def test_bytes_that_move_at_the_exit_are_waited_for(store: Store) -> None:
+    leaving: list[bool] = []
+    saves = writer_of(store, stopping=lambda: bool(leaving))
+    store.down = StorageError("no route")
+    save(saves, 1)
+    until(lambda: store.tried and not saves.busy)
+    tries = len(store.tried)
+    store.open.clear()
+    store.down, store.arrived = None, 10**9
+    until(lambda: len(store.tried) > tries)
+    leaving.append(True)
+    threading.Timer(outbox.EXIT_PATIENCE_SECONDS / 2, store.open.set).start()
+    saves.wait()
+    assert store.saved == [1]
+    saves.close()
+
+
+@pytest.fixture(params=["local", "memory"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> RunStore:
+    made = RunStore(str(tmp_path / "run") if request.param == "local" else f"memory://{uuid.uuid4().hex}/run")
+    made.create_config({"format": 1, "config": {}})
+    made.claim({})
+    return made
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_commit_that_failed_or_lost_its_reply_is_repeated(
+    run: RunStore, written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really, failed = files.create_bytes, []
+
+    def once(uri: str, data: bytes) -> bool:
+        if "/commits/" in uri and not failed:
+            failed.append(really(uri, data) if written else None)
+            raise StorageError("no reply")
+        return really(uri, data)
+
+    monkeypatch.setattr(files, "create_bytes", once)
+    saves = CheckpointWriter(run, scratch=tmp_path, keep=2, keep_every=0, patience_seconds=PATIENCE_SECONDS)
+    save(saves, 1)
+    saves.wait()
+    assert failed
+    assert [commit.step for commit in run.commits()] == [1]
+    assert len({name.split("/")[0] for name in files.list_files(files.join(run.uri, "data"))}) == 1
+    saves.close()
+
+
+def test_files_that_a_failed_local_save_used_up_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunStore(str(tmp_path / "run"))
+    run.create_config({"format": 1, "config": {}})
+    run.claim({})
+    really, calls = files.upload, []
+
+    def second_fails(*arguments: Any, **named: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise StorageError("the disk is full")
+        really(*arguments, **named)
+
+    monkeypatch.setattr(files, "upload", second_fails)
+    saves = CheckpointWriter(run, scratch=tmp_path, keep=2, keep_every=0, patience_seconds=PATIENCE_SECONDS)
+    save(saves, 1)
+    until(lambda: not saves.busy)
+    assert saves.notice_failure()
+    save(saves, 1)
+    saves.wait()
+    assert [commit.step for commit in run.commits()] == [1]
+    saves.close()
+
+
+def test_a_save_given_up_between_two_files_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunStore(f"memory://{uuid.uuid4().hex}/run")
+    run.create_config({"format": 1, "config": {}})
+    run.claim({})
+    really, entered, go_on = files.upload, threading.Event(), threading.Event()
+
+    def paused(*arguments: Any, **named: Any) -> None:
+        really(*arguments, **named)
+        if not entered.is_set():
+            entered.set()
+            assert go_on.wait(10)
+
+    monkeypatch.setattr(files, "upload", paused)
+    saves = CheckpointWriter(run, scratch=tmp_path, keep=2, keep_every=0, patience_seconds=PATIENCE_SECONDS)
+    save(saves, 1)
+    assert entered.wait(10)
+    saves.make_way(2)
+    go_on.set()
+    save(saves, 2)
+    saves.wait()
+    assert [commit.step for commit in run.commits()] == [2]
+    saves.close()
+
+
 def test_a_real_run_is_written_while_storage_comes_and_goes(tmp_path: Path, s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunStore(f"{s3_uri}/run")
     run.create_config({"format": 1, "config": {}})
     run.claim({})
-    really, failing = run.save, threading.Event()
+    really, failing = run.send, threading.Event()
 
     def sometimes(*arguments: Any, **named: Any) -> Any:
         if failing.is_set():
             raise StorageError("no route")
         return really(*arguments, **named)
 
-    monkeypatch.setattr(run, "save", sometimes)
+    monkeypatch.setattr(run, "send", sometimes)
     saves = CheckpointWriter(run, scratch=tmp_path, keep=2, keep_every=0, patience_seconds=PATIENCE_SECONDS)
     save(saves, 1)
     saves.wait()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from job.errors import StorageError
+from job.errors import JobError, StorageError
 from job.storage import files
 
 FORMAT = 1
@@ -138,6 +138,16 @@ def commit_entries(run: str) -> list[tuple[int, int, str]]:
     """(attempt, step, name) of every commit file of a run, newest first."""
     matches = map(COMMIT_NAME.fullmatch, files.list_files(files.join(run, "commits")))
     return sorted(((int(match["attempt"]), int(match["step"]), match[0]) for match in matches if match), reverse=True)
+
+
+def may_be_committed(run: str, commit: Commit) -> bool:
+    """Whether an earlier try wrote this commit, whose reply was lost. True also where that can't be told."""
+    try:
+        return read_commit(files.join(run, "commits", commit.name)).data == commit.data
+    except Rejection:
+        return False
+    except JobError:
+        return True
 
 
 def readable_commits(run: str) -> list[Commit]:

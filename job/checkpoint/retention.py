@@ -16,6 +16,10 @@ LAYOUT = ("result.json", "report.html", "commits", "data", "eval", "export", "ba
 """All that a run consists of, in the order in which it is removed: an interrupted removal can be repeated."""
 
 
+UPLOADED = ("data", "base", "export")
+"""Where files are large enough to be uploaded in parts."""
+
+
 def prune(run: str, *, attempt: int, damaged: Collection[str], keep: int, keep_every: int, best_step: int | None) -> list[str]:
     """See `RunStore.prune`. Args: attempt: ours. damaged: names of commits that count for nothing, whatever their sizes."""
     # The data is listed before the commits, so that no folder that is committed in between is taken for a leftover.
@@ -38,7 +42,7 @@ def abort_uploads(run: str) -> None:
     A store that can't do it is no reason to end a job.
     """
     try:
-        if aborted := files.abort_uploads(run):
+        if aborted := sum(files.abort_uploads(files.join(run, part)) for part in UPLOADED):
             logger.info("unfinished uploads of earlier attempts aborted", extra={"uploads": aborted})
     except JobError as error:
         logger.warning("unfinished uploads of earlier attempts may be left", extra={"reason": str(error)})

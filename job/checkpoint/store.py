@@ -27,6 +27,7 @@ from job.checkpoint.commit import (
     commit_entries,
     encode,
     hash_of,
+    may_be_committed,
     read,
     read_attempts,
     read_commit,
@@ -47,7 +48,7 @@ CLAIM_TRIES = 100
 class RunStore:
     """The run as one attempt sees it. Before `claim` it only reads (config, commits); afterwards it may write.
 
-    Threads may share it. Storage failures are StorageError or AccessError from every method.
+    Threads may share it. Storage failures are StorageError or AccessError.
     """
 
     def __init__(self, uri: str) -> None:
@@ -56,6 +57,8 @@ class RunStore:
         """Our number; 0 before `claim`."""
         self.config_hash = ""
         """sha256 of config.json; empty until it is loaded or created."""
+        self.check: Callable[[], None] = lambda: None
+        """Called often while files move, but for `send`; what it raises ends that."""
         self._rejected: set[str] = set()
         """Commits that `restore` found damaged, perhaps in ways that sizes don't show."""
 
@@ -84,9 +87,7 @@ class RunStore:
             if files.create_bytes(self._at("attempts", f"{number:06}.json"), encode(content)):
                 self.attempt = number
                 return number
-        raise StorageError(
-            f"No attempt number of {files.shown(self.uri)} could be claimed in {CLAIM_TRIES} tries. Are others starting it?"
-        )
+        raise StorageError(f"No attempt number of {files.shown(self.uri)} could be had in {CLAIM_TRIES} tries. Do others start it?")
 
     def check_not_superseded(self) -> None:
         """Raises: Superseded, when a newer attempt has claimed the run."""
@@ -102,11 +103,10 @@ class RunStore:
         files.write_bytes(self._own("end.json"), encode({"attempt": self.attempt, **info}))
 
     def attempts(self) -> list[dict[str, Any]]:
-        """See `read_attempts`."""
         return read_attempts(self.uri)
 
     def idle_attempts(self) -> int:
-        """How many of the latest claims, our own included, are without a commit."""
+        """How many of the latest claims, our own included, have no commit."""
         busy = max((attempt for attempt, _, _ in commit_entries(self.uri)), default=0)
         return sum(number > busy for number in claims(self.uri))
 
@@ -125,34 +125,30 @@ class RunStore:
         """The readable commits, newest (attempt, step) first; their data is not looked at."""
         return readable_commits(self.uri)
 
-    def save(
+    def save(self, step: int, sources: Mapping[str, Path], *, info: Mapping[str, Any]) -> Commit:
+        data, stored = self.send(step, sources)
+        return self.commit(step, data=data, stored=stored, info=info)
+
+    def send(
         self,
         step: int,
         sources: Mapping[str, Path],
         *,
-        info: Mapping[str, Any],
         check: Callable[[], None] = lambda: None,
         sent: Callable[[int], None] = lambda _bytes: None,
-    ) -> Commit:
-        """Makes a checkpoint durable. When this returns, a restart finds it. Raises: Superseded, and nothing is left of it.
+    ) -> tuple[str, dict[str, FileRecord]]:
+        """Puts the files of a checkpoint into the run, where they count for nothing yet; of a failure nothing is left.
 
-        Args:
-            sources: name -> local file. They are used up: moved, where the run is on the same disk.
-            info: JSON values to keep beside it (evaluated, metrics, ledger).
-            check, sent: see files.upload.
+        Args: sources: name -> local file. They are used up: moved, where the run is on the same disk. Others: see files.upload.
+        Returns: their folder in data/, and name -> record. Raises: Superseded.
         """
         data = self.new_data(step)
         try:
-            stored = send(self._at("data", data), sources, move=True, check=check, sent=sent)
+            return data, send(self._at("data", data), sources, move=True, check=check, sent=sent)
         except Exception as error:
             self._discard(data)
             if isinstance(error, JobError):
                 self.check_not_superseded()  # a newer attempt collects our files under our hands: then that is the news
-            raise
-        try:
-            return self.commit(step, data=data, stored=stored, info=info)
-        except Superseded:
-            self._discard(data)  # the newer attempt has perhaps collected leftovers for the last time
             raise
 
     def workspace(self, step: int, scratch: Path) -> Path:
@@ -172,23 +168,31 @@ class RunStore:
         for commit in self.commits():
             if commit.step == step:
                 with contextlib.suppress(Rejection):
-                    return receive(self._at("data", commit.data), {name: commit.files[name]}, folder / commit.data) / name
+                    return (
+                        receive(self._at("data", commit.data), {name: commit.files[name]}, folder / commit.data, check=self.check)
+                        / name
+                    )
         raise ResumeError(f"{name} of step {step} in {files.shown(self.uri)} is missing or damaged, and no other commit has it.")
 
     def new_data(self, step: int) -> str:
-        """A name in data/ that nobody has used."""
         return f"s{step:012}-a{self._claimed():06}-{uuid.uuid4().hex}"
 
     def commit(self, step: int, *, data: str, stored: Mapping[str, FileRecord], info: Mapping[str, Any]) -> Commit:
-        """The last step of `save`, by itself for files that others sent to data/<data>/. Raises: Superseded."""
-        self.check_not_superseded()
+        """Makes what was sent a checkpoint. After a failure it may be repeated: perhaps only the reply was lost.
+        Raises: Superseded, and nothing is left of it."""
         commit = Commit(self.attempt, step, data, dict(stored), self.config_hash, dict(info))
-        if not files.create_bytes(self._at("commits", commit.name), encode(asdict(commit))):
+        try:
+            self.check_not_superseded()
+            if files.create_bytes(self._at("commits", commit.name), encode(asdict(commit))):
+                return commit
             raise Superseded(
                 f"{commit.name} in {files.shown(self.uri)} is there already: another process also believes to be attempt "
-                f"{self.attempt}, or this one saved the step twice. This process stops, and the other's checkpoint stays."
+                f"{self.attempt}. This process stops, and the other's checkpoint stays."
             )
-        return commit
+        except Superseded:
+            if not may_be_committed(self.uri, commit):
+                self._discard(data)  # the newer attempt has perhaps collected leftovers for the last time
+            raise
 
     def restore(self, folder: Path) -> Restored | None:
         """The newest checkpoint of which every file has the right size and hash; None when there is no commit.
@@ -204,7 +208,7 @@ class RunStore:
                 commit = read_commit(self._at("commits", name))
                 if self.config_hash and commit.config_hash != self.config_hash:
                     raise Rejection("it was made under another config.json")
-                place = receive(self._at("data", commit.data), commit.files, folder / name.removesuffix(".json"))
+                place = receive(self._at("data", commit.data), commit.files, folder / name.removesuffix(".json"), check=self.check)
             except Rejection as reason:
                 rejected[name] = str(reason)
                 files.remove_tree(str(folder / name.removesuffix(".json")))
@@ -239,7 +243,6 @@ class RunStore:
         files.write_bytes(self._own("history.jsonl"), lines)
 
     def read_history(self) -> list[dict[str, Any]]:
-        """The rows of all attempts, as `merge_histories` orders them."""
         return read_history(self.uri)
 
     def has_folder(self, name: str) -> bool:
@@ -249,7 +252,7 @@ class RunStore:
     def put_folder(self, name: str, local_folder: Path) -> None:
         """Stores a folder so that it counts as there only when it is complete. Raises: Superseded."""
         self.check_not_superseded()
-        put_folder(self._at(name), local_folder, before_finishing=self.check_not_superseded)
+        put_folder(self._at(name), local_folder, before_finishing=self.check_not_superseded, check=self.check)
 
     def fetch_folder(self, name: str, local: Path) -> Path | None:
         """The local place of a stored folder, all hashes checked: `local`, or where it is if the run is local.
@@ -257,7 +260,7 @@ class RunStore:
         Returns: None when it was never completed. Raises: ResumeError, when a file is missing or damaged.
         """
         try:
-            return fetch_folder(self._at(name), local)
+            return fetch_folder(self._at(name), local, check=self.check)
         except Rejection as reason:
             raise self._unusable(name, reason) from None
 

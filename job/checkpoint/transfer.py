@@ -50,7 +50,7 @@ def send(
     return stored
 
 
-def receive(uri: str, stored: Mapping[str, FileRecord], folder: Path) -> Path:
+def receive(uri: str, stored: Mapping[str, FileRecord], folder: Path, *, check: Callable[[], None] = lambda: None) -> Path:
     """Makes stored files available locally, every size and hash checked.
 
     Args:
@@ -66,7 +66,7 @@ def receive(uri: str, stored: Mapping[str, FileRecord], folder: Path) -> Path:
             if local:
                 check_hash(name, record, sha256_of(place / name))
             else:
-                _download(files.join(uri, name), record, place / name)
+                _download(files.join(uri, name), record, place / name, check)
         except FileNotFoundError:
             raise Rejection(f"{name} was removed while it was being read") from None
     return place
@@ -87,11 +87,11 @@ def check_hash(name: str, record: FileRecord, digest: str) -> None:
         raise Rejection(f"{name} has changed since it was saved (sha256 {digest[:12]}… instead of {record.sha256[:12]}…)")
 
 
-def _download(uri: str, record: FileRecord, target: Path) -> None:
+def _download(uri: str, record: FileRecord, target: Path, check: Callable[[], None]) -> None:
     """Two tries: bytes that differ between them were damaged on the way, and the stored ones may be good."""
     digests = []
     for _ in range(2):
-        files.download(uri, target)
+        files.download(uri, target, check=check)
         digests.append(sha256_of(target))
         if digests[-1] == record.sha256:
             return
@@ -102,7 +102,7 @@ def _download(uri: str, record: FileRecord, target: Path) -> None:
     check_hash(target.name, record, digests[1])
 
 
-def put_folder(uri: str, local_folder: Path, *, before_finishing: Callable[[], None]) -> None:
+def put_folder(uri: str, local_folder: Path, *, before_finishing: Callable[[], None], check: Callable[[], None]) -> None:
     """Stores a folder, so that it counts as there only once it is complete. One that is complete stays as it is.
 
     Args: before_finishing: called before the last write; may raise.
@@ -113,14 +113,14 @@ def put_folder(uri: str, local_folder: Path, *, before_finishing: Callable[[], N
     sources = {str(path.relative_to(local_folder)): path for path in sorted(local_folder.rglob("*")) if path.is_file()}
     sources.pop(COMPLETE, None)  # of the folder that this one was copied from
     before = files.list_files(uri)
-    stored = send(uri, sources)
+    stored = send(uri, sources, check=check)
     for stale in before.keys() - stored.keys() - {COMPLETE}:
         files.remove(files.join(uri, stale))
     before_finishing()
     files.write_bytes(files.join(uri, COMPLETE), encode({"files": to_json(stored)}))
 
 
-def fetch_folder(uri: str, local: Path) -> Path | None:
+def fetch_folder(uri: str, local: Path, *, check: Callable[[], None] = lambda: None) -> Path | None:
     """The local place of a stored folder, None when it was never completed. Raises: Rejection, when it is damaged."""
     try:
         content = read(files.join(uri, COMPLETE))
@@ -130,4 +130,4 @@ def fetch_folder(uri: str, local: Path) -> Path | None:
         stored = records(content["files"])
     except (KeyError, TypeError, AttributeError, ValueError):
         raise Rejection(f"{COMPLETE} lacks the names of the files") from None
-    return receive(uri, stored, local)
+    return receive(uri, stored, local, check=check)

@@ -30,6 +30,7 @@ class CheckpointWriter:
         stopping: whether the job has been asked to stop: then patience is short.
         on_saved: called on another thread with (step, seconds since its save began, stall_seconds=, upload_seconds=, size=) once
             a checkpoint is durable.
+        on_failed: called on another thread after each try to send one that failed.
         on_waiting: called on any thread with the number of checkpoints that wait because storage fails.
     """
 
@@ -43,6 +44,7 @@ class CheckpointWriter:
         patience_seconds: float = 7200.0,
         stopping: Callable[[], bool] = lambda: False,
         on_saved: Callable[..., None] = lambda *_args, **_figures: None,
+        on_failed: Callable[[], None] = lambda: None,
         on_waiting: Callable[[int], None] = lambda _waiting: None,
     ) -> None:
         self._store = store
@@ -55,6 +57,8 @@ class CheckpointWriter:
             patience_seconds=patience_seconds,
             stopping=stopping,
             on_sent=self._sent,
+            on_lost=self._failed,
+            on_failed=on_failed,
             on_waiting=on_waiting,
         )
         self.last_step = -1
@@ -117,10 +121,9 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Returns when every save is durable. Raises: what one failed with; StorageError when patience is over."""
         self._join()
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+        self._raise()
         self._outbox.wait()
+        self._raise()
 
     def notice_failure(self) -> bool:
         """Whether files could not be written since the last call, so that the state should be saved again at once.
@@ -132,11 +135,15 @@ class CheckpointWriter:
         if self._failure is None or (self._thread is not None and self._thread.is_alive()):
             return False
         if not isinstance(self._failure, StorageError) or self._failed_in_a_row > 1:
-            failure, self._failure = self._failure, None
-            raise failure
+            self._raise()
         log.warning("a checkpoint failed and is tried once more", extra={"reason": str(self._failure)})
         self._failure, self.last_step = None, -1
         return True
+
+    def _raise(self) -> None:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -169,19 +176,21 @@ class CheckpointWriter:
             with explained(str(folder), "writing", writing=True):
                 entry.files = write_files(folder, tensors, facts)
                 entry.size = sum(path.stat().st_size for path in entry.files.values())
-            self._failed_in_a_row = 0
             if not self._abandon.is_set() or entry.needed:
                 self._outbox.put(entry)
                 folder = None  # the outbox's now
         except BaseException as error:  # noqa: BLE001  handed to the training thread, which raises it
-            self._failed_in_a_row += 1
-            self._failure = StorageError(str(error)) if isinstance(error, AccessError) else error
+            self._failed(StorageError(str(error)) if isinstance(error, AccessError) else error)
         finally:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def _failed(self, error: BaseException) -> None:
+        self._failed_in_a_row += 1
+        self._failure = error
+
     def _sent(self, entry: Entry, seconds: float) -> None:
-        self.upload_seconds = seconds
+        self.upload_seconds, self._failed_in_a_row = seconds, 0
         self._on_saved(
             entry.step,
             time.monotonic() - entry.began,

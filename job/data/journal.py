@@ -1,6 +1,7 @@
 """A file fetched part by part, with a journal of what is there: a download that was killed goes on where it was."""
 
 import contextlib
+import logging
 import os
 import re
 import threading
@@ -17,6 +18,8 @@ from job.storage.remote import is_s3
 BATCH_BYTES = 64 * 2**20
 """Made durable together: so much is fetched again after a kill, at most."""
 PROGRESS_SECONDS = 0.3
+
+log = logging.getLogger(__name__)
 
 _LINE = re.compile(r"(\d+) (\d+) ([0-9a-f]+)\n")
 
@@ -153,7 +156,8 @@ def fetch(
         raise
     finally:
         journal.close()
-    files.verify(uri, info, journal.crcs)
+    if not files.verify(uri, info, journal.crcs):
+        log.info("the store keeps no checksum of it to compare with", extra={"uri": shown(uri)})
     _check_version(uri, info)
     files.upload(entry.part, str(entry.file), move=True)  # the same folder: it is made durable and renamed
     with telling:

@@ -26,7 +26,7 @@ class Metrics:
         self.step = self._gauge("clipjob_step", "Global batches consumed.")
         self._staged = self._counter("clipjob_staging_bytes", "Bytes of remote files that have come to scratch.")
         self._planned = self._gauge("clipjob_staging_bytes_planned", "Bytes of the remote files that this attempt needs.")
-        self._saves = self._counter("clipjob_checkpoint_saves", "Checkpoints that became durable.", labels=("result",))
+        self._saves = self._counter("clipjob_checkpoint_saves", "Tries to send a checkpoint: ok, failed.", labels=("result",))
         self._stall = self._histogram("clipjob_checkpoint_stall_seconds", "What a save cost the training thread.", STALL_BUCKETS)
         self._upload = self._histogram("clipjob_checkpoint_upload_seconds", "Time that sending a save took.", UPLOAD_BUCKETS)
         self._bytes = self._gauge("clipjob_checkpoint_bytes", "Size of the last checkpoint.")
@@ -54,6 +54,10 @@ class Metrics:
         self._bytes.set(size)
         self._saved_at.set(time.time())
         self._saved_step.set(step)
+
+    def save_failed(self) -> None:
+        """A try to send a checkpoint failed; it will be tried again."""
+        self._saves.labels(result="failed").inc()
 
     def close(self) -> None:
         if self._server is not None:

@@ -115,6 +115,7 @@ def upload(
         elif not is_local(uri):
             filesystem, path = open_uri(uri)
             retried(lambda: filesystem.put_file(str(local), path), check=check)
+            sent(size)
         elif not (move and disk.rename(local, local_path(uri))):
             disk.place(local_path(uri), lambda temporary: _copy(local, temporary))
         arrived = stat(uri).size

@@ -16,7 +16,7 @@ THREADS = 8
 TRIES = 6
 LONGEST_PAUSE_SECONDS = 8.0
 GIVE_UP_SECONDS = 120.0
-"""No further try begins later than this after the first."""
+"""No third or later try begins after this: what takes so long is silent or too slow, not unlucky."""
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 2.0
 """With the other threads of work that has failed; one that waits for a silent server is left behind."""
@@ -40,7 +40,8 @@ def retried(attempt: Callable[[], T], *, check: Callable[[], None] = lambda: Non
             return attempt()
         except Exception as error:
             check()  # botocore hides what was raised inside of a body that it sends
-            if not is_transient(error) or tried == TRIES or time.monotonic() - began > GIVE_UP_SECONDS:
+            late = tried > 1 and time.monotonic() - began > GIVE_UP_SECONDS
+            if not is_transient(error) or tried == TRIES or late:
                 raise
             log.info("storage is asked again", extra={"tried": tried, "reason": shown(str(error))[:300]})
         waking = time.monotonic() + random.uniform(0, min(LONGEST_PAUSE_SECONDS, 0.5 * 2**tried))
@@ -77,8 +78,9 @@ def in_parallel(work: Callable[[T, Callable[[], None]], None], items: Sequence[T
                 work(item, given_up)
         except BaseException as error:  # noqa: BLE001  raised by the thread that waits
             outcome = error
+        ended.put(outcome)  # first: what others raise because of it must come later
+        if outcome is not None:
             failed.set()
-        ended.put(outcome)
 
     threads = [threading.Thread(target=run, daemon=True, name="transfer") for _ in range(min(THREADS, len(items)))]
     for thread in threads:
