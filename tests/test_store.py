@@ -285,9 +285,9 @@ def test_bytes_damaged_on_the_way_are_read_again_not_blamed_on_the_checkpoint(
     save(started(run), 1)
     real, count = files.download, 0
 
-    def noisy(uri: str, local: Path) -> None:
+    def noisy(uri: str, local: Path, **named: Any) -> None:
         nonlocal count
-        real(uri, local)
+        real(uri, local, **named)
         count += 1
         if count <= damaged_reads:
             local.write_bytes(local.read_bytes()[:-1] + bytes([count]))

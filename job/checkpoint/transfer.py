@@ -89,17 +89,21 @@ def check_hash(name: str, record: FileRecord, digest: str) -> None:
 
 def _download(uri: str, record: FileRecord, target: Path, check: Callable[[], None]) -> None:
     """Two tries: bytes that differ between them were damaged on the way, and the stored ones may be good."""
-    digests = []
+    found = []
     for _ in range(2):
-        files.download(uri, target, check=check)
-        digests.append(sha256_of(target))
-        if digests[-1] == record.sha256:
+        try:
+            files.download(uri, target, check=check)
+        except files.Damaged as error:  # the store's own checksum tells as much
+            found.append(str(error))
+            continue
+        found.append(sha256_of(target))
+        if found[-1] == record.sha256:
             return
-    if digests[0] != digests[1]:
+    if found[0] != found[1]:
         raise StorageError(
             f"Reading {files.shown(uri)} twice gave different bytes, and neither as saved. Check the network, then start again."
         )
-    check_hash(target.name, record, digests[1])
+    check_hash(target.name, record, found[1])
 
 
 def put_folder(uri: str, local_folder: Path, *, before_finishing: Callable[[], None], check: Callable[[], None]) -> None:
