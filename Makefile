@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEST_FLAGS ?=
+TEST_WORKERS ?= 2
 
 .PHONY: help demo test storm lint format bench docs lock clean
 
@@ -14,7 +15,7 @@ demo: $(VENV)/run  ## Train a small model on 2465 real images, in about two minu
 	$(BIN)/clipjob demo
 
 test: $(VENV)/dev  ## Run all tests
-	$(BIN)/python -m pytest $(TEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(TEST_FLAGS)
 
 storm: $(VENV)/dev  ## The kill storm with 200 SIGKILLs
 	$(BIN)/python -m pytest tests/test_kill_storm.py --kills 200 --timeout 7200
@@ -31,6 +32,8 @@ format: $(VENV)/dev  ## Bring the code into the project's format
 bench: $(VENV)/dev  ## All benchmarks, tables to benchmarks/results
 	$(BIN)/python -m benchmarks.pipeline --out benchmarks/results/pipeline.md
 	$(BIN)/python -m benchmarks.scale --out benchmarks/results/scale.md
+	$(BIN)/python -m benchmarks.storage --out benchmarks/results/storage.md
+	$(BIN)/python -m benchmarks.checkpoint --out benchmarks/results/checkpoint.md
 	$(BIN)/python -m benchmarks.demo --out benchmarks/results/demo.md
 
 docs: $(VENV)/run  ## Write docs/configuration.md anew from the code

@@ -190,3 +190,30 @@ SCRIPTS_RELY_ON = {
 
 def test_flags_that_scripts_rely_on_exist() -> None:
     assert {flag(name) for name in FIELDS} >= SCRIPTS_RELY_ON
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://key:secret@bucket/run", "https://host/data.csv?X-Amz-Signature=abc", "abfs://c@account/x?sv=1&sig=abc"]
+)
+def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(ConfigError, match="carries credentials") as caught:
+        merge(flags={"csv": uri}, environ={})
+    assert not {"secret", "abc"} & set(str(caught.value).replace("=", " ").split())
+
+
+def test_several_local_lmdbs_become_absolute_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert merge(flags={"lmdb": "a.lmdb, b.lmdb"}, environ={})["lmdb"] == f"{tmp_path}/a.lmdb,{tmp_path}/b.lmdb"
+    (tmp_path / "one,two").mkdir()
+    assert merge(flags={"lmdb": "one,two"}, environ={})["lmdb"] == f"{tmp_path}/one,two"
+
+
+@pytest.mark.parametrize(("text", "expected"), [("200GB", 200 * 10**9), ("1.5 GiB", 3 * 2**29), ("4096", 4096), ("", None)])
+def test_scratch_limit_is_read_in_bytes(text: str, expected: int | None) -> None:
+    assert Config(scratch_limit=text).scratch_limit_bytes == expected
+
+
+@pytest.mark.parametrize("settings", [{"scratch_limit": "much"}, {"storage_patience": Interval("steps", 5)}])
+def test_limits_that_are_no_limits_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="--"):
+        Config(**settings)  # type: ignore[arg-type]
