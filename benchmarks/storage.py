@@ -1,5 +1,6 @@
 """Staging and pushing one large file: clipjob against s3fs, plain HTTP ranges and other clients, on a server on this machine."""
 
+import argparse
 import importlib.util
 import os
 import random
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import storage_children as children
+from benchmarks.light_s3 import light_server, object_file
 from benchmarks.machine import LIMIT_COLUMNS, Limit, arguments, in_child, paired, publish, ratios, say, spread, table
-from tests.s3server import BUCKET, S3Server, running_server
+from tests.s3server import BUCKET, running_server, s3_environment
 
 GIB = 2**30
 CHECKPOINT_BYTES = 1_800_000_000
@@ -30,20 +32,16 @@ def write_random(path: Path, size: int) -> None:
             size -= file.write(random.Random(size).randbytes(min(size, 2**24)))
 
 
-def signed_url(server: S3Server, key: str) -> str:
+def signed_url(endpoint: str, key: str) -> str:
     import boto3  # type: ignore[import-untyped]
 
-    client = boto3.client("s3", endpoint_url=server.endpoint)
+    client = boto3.client("s3", endpoint_url=endpoint)
     return str(client.generate_presigned_url("get_object", Params={"Bucket": BUCKET, "Key": key}))
 
 
-def downloads(server: S3Server, folder: Path, size: int, rounds: int) -> dict[str, list[dict[str, float]]]:
+def downloads(endpoint: str, folder: Path, size: int, rounds: int) -> dict[str, list[dict[str, float]]]:
     uri = f"s3://{BUCKET}/source/data.mdb"
-    source = folder / "source"
-    write_random(source, size)
-    in_child(children.put_with_clipjob, uri, source, size)
-    source.unlink()
-    url = signed_url(server, "source/data.mdb")
+    url = signed_url(endpoint, "source/data.mdb")
     ways: dict[str, tuple[Callable[..., dict[str, float]], str]] = {
         HTTP: (children.get_with_http, url),
         STAGING: (children.get_with_staging, uri),
@@ -64,9 +62,7 @@ def downloads(server: S3Server, folder: Path, size: int, rounds: int) -> dict[st
     return paired({name: partial(get, *way) for name, way in ways.items()}, rounds=rounds)
 
 
-def uploads(folder: Path, size: int, rounds: int) -> dict[str, list[dict[str, float]]]:
-    local = folder / "checkpoint"
-    write_random(local, size)
+def uploads(local: Path, size: int, rounds: int) -> dict[str, list[dict[str, float]]]:
     ways: dict[str, Callable[..., dict[str, float]]] = {
         PUSH: children.put_with_clipjob,
         S3FS_PUT: children.put_with_s3fs,
@@ -108,15 +104,16 @@ def ratio(found: dict[str, list[dict[str, float]]], above: str, below: str) -> t
     return sorted(each)[len(each) // 2], spread(each, 2)
 
 
-def main() -> int:
-    args = arguments(__doc__ or "", repeats=5).parse_args()
-    down_bytes, up_bytes = (64 * 2**20, 100_000_000) if args.quick else (GIB, CHECKPOINT_BYTES)
-    with tempfile.TemporaryDirectory(dir=args.folder) as name, running_server(Path(name)) as server:
-        os.environ.update({**server.environment, "BENCHMARK_BUCKET": BUCKET})
-        say(f"staging {down_bytes / 2**20:.0f} MiB")
-        down = downloads(server, Path(name), down_bytes, args.repeats)
-        say(f"pushing {up_bytes / 1e6:.0f} MB")
-        up = uploads(Path(name), up_bytes, args.repeats)
+def both_ways(
+    args: argparse.Namespace, endpoint: str, folder: Path, source: Path, checkpoint: Path
+) -> tuple[str, list[Limit], Any]:
+    """The tables, the limits and the raw figures of one server, which has the source already."""
+    os.environ["AWS_ENDPOINT_URL"] = endpoint
+    down_bytes, up_bytes = source.stat().st_size, checkpoint.stat().st_size
+    say(f"staging {down_bytes / 2**20:.0f} MiB")
+    down = downloads(endpoint, folder, down_bytes, args.repeats)
+    say(f"pushing {up_bytes / 1e6:.0f} MB")
+    up = uploads(checkpoint, up_bytes, args.repeats)
     against_s3fs, against_s3fs_spread = ratio(down, S3FS_GET, STAGING)
     against_http, against_http_spread = ratio(down, STAGING, HTTP)
     pushed, pushed_spread = ratio(up, S3FS_PUT, PUSH)
@@ -130,8 +127,6 @@ def main() -> int:
     columns = ("s / GiB", "CPU-s / GiB", "peak MiB")
     text = "\n".join(
         (
-            f"SeaweedFS on this machine, plain HTTP, {args.repeats} paired rounds, each in a new process; median (min–max).",
-            "",
             table((f"staging {down_bytes / 2**20:.0f} MiB", *columns, "times s3fs.get"), rows(down, down_bytes, S3FS_GET)),
             "",
             table((f"pushing {up_bytes / 1e6:.0f} MB", *columns, "times s3fs.put"), rows(up, up_bytes, S3FS_PUT)),
@@ -139,8 +134,40 @@ def main() -> int:
             table(LIMIT_COLUMNS, [limit.row() for limit in limits]),
         )
     )
-    raw: dict[str, Any] = {"download": down, "upload": up}
-    return publish(args, "Object storage", text, limits=limits, raw=raw)
+    return text, limits, {"download": down, "upload": up}
+
+
+def main() -> int:
+    args = arguments(__doc__ or "", repeats=5).parse_args()
+    down_bytes, up_bytes = (64 * 2**20, 100_000_000) if args.quick else (GIB, CHECKPOINT_BYTES)
+    os.environ.update({**s3_environment(""), "BENCHMARK_BUCKET": BUCKET})
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        source, checkpoint = folder / "source", folder / "checkpoint"
+        write_random(source, down_bytes)
+        write_random(checkpoint, up_bytes)
+        with light_server() as (endpoint, objects):
+            shutil.copyfile(source, object_file(objects, BUCKET, "source/data.mdb"))
+            light_text, light_limits, light_raw = both_ways(args, endpoint, folder, source, checkpoint)
+        (folder / "seaweedfs").mkdir()
+        with running_server(folder / "seaweedfs") as server:
+            os.environ["AWS_ENDPOINT_URL"] = server.endpoint
+            in_child(children.put_with_clipjob, f"s3://{BUCKET}/source/data.mdb", source, down_bytes)
+            text, limits, raw = both_ways(args, server.endpoint, folder, source, checkpoint)
+    text = "\n".join(
+        (
+            f"Plain HTTP on this machine, {args.repeats} paired rounds, each in a new process; median (min–max).",
+            "",
+            "## A server that costs next to nothing (benchmarks/light_s3.py)",
+            "",
+            light_text,
+            "",
+            "## SeaweedFS, which takes most of the cores itself",
+            "",
+            text,
+        )
+    )
+    return publish(args, "Object storage", text, limits=[*light_limits, *limits], raw={"light": light_raw, "seaweedfs": raw})
 
 
 if __name__ == "__main__":

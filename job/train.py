@@ -117,6 +117,7 @@ def run_attempt(
         captions.tokenise_until(lambda: lmdbs.done or stop.requested)
         paths = lmdbs.result()
     dataset = open_dataset(config, tables, paths)
+    stop.check("opening the data")
     compare_with_run(config, store, dataset)
     attempt = store.claim(describe_attempt(device, metrics_port=metrics.port))
     log.info("attempt", extra={"run": config.run, "attempt": attempt, "device": str(device), "precision": config.precision})

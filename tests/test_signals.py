@@ -108,8 +108,7 @@ def test_a_signal_while_importing_is_heard(delay: float, number: int, run: Path)
 
 def test_a_signal_while_reading_the_data_is_heard(run: Path) -> None:
     with Job(*command_for(run)) as job:
-        maps = Path(f"/proc/{job.process.pid}/maps")
-        job.until(lambda: "images.lmdb" in maps.read_text(encoding="utf-8"), "the LMDB")
+        job.wait_for("csv")
         job.send(signal.SIGINT)
         assert job.end() == 75
     assert "SIGINT arrived while" in job.said

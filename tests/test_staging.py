@@ -42,7 +42,7 @@ from job.data import journal
 from job.data.staging import Staging
 from job.storage import s3, transfer
 
-journal.BATCH_BYTES = transfer.PART_BYTES = {PART_BYTES}
+transfer.PART_BYTES = {PART_BYTES}
 real, begun, numbers = s3.get_range, [], itertools.count(1)
 
 def get_range(*arguments, **named):
@@ -99,7 +99,6 @@ def stage(uri: str, scratch: Path, **arguments: Any) -> Path:
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "PART_BYTES", PART_BYTES)
-    monkeypatch.setattr(journal, "BATCH_BYTES", PART_BYTES)
     monkeypatch.setattr(journal, "PROGRESS_SECONDS", 0)
 
 
@@ -175,7 +174,7 @@ def test_a_remote_file_is_copied_once(remote_uri: str, tmp_path: Path, caplog: p
     assert [record.getMessage() for record in events] == ["staging", "staged", "staged before"]
     assert (events[0].resumed_bytes, events[0].bytes, events[0].uri) == (0, len(CONTENT), uri)  # type: ignore[attr-defined]
     assert events[1].bytes_per_second > 0  # type: ignore[attr-defined]
-    assert sorted(path.name for path in local.parent.iterdir()) == ["DONE", "data.csv", "lock"]
+    assert sorted(path.name for path in local.parent.iterdir()) == ["DONE", "data.csv", "journal", "lock"]
 
 
 def test_an_empty_file_is_staged(remote_uri: str, tmp_path: Path) -> None:
@@ -289,6 +288,26 @@ def test_whatever_is_left_of_a_download_the_copy_is_right(s3_uri: str, tmp_path:
     else:
         os.truncate(folder / "data.part", 1000 if harm == "short data" else 2 * len(CONTENT))
     assert stage(uri, tmp_path).read_bytes() == CONTENT
+
+
+def test_after_a_restart_of_the_machine_what_is_there_is_looked_at_again(
+    s3_uri: str, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = files.join(s3_uri, "data.csv")
+    files.write_bytes(uri, CONTENT)
+    staged = stage(uri, tmp_path)
+    with staged.open("r+b") as file:  # pages that never reached the disk read as zeros
+        file.seek(PART_BYTES)
+        file.write(bytes(PART_BYTES))
+    other = tmp_path / "boot_id"
+    other.write_text("another\n")
+    monkeypatch.setattr("job.data.cache.BOOT_ID", other)
+    asked.clear()
+    assert stage(uri, tmp_path).read_bytes() == CONTENT
+    assert asked == [PART_BYTES]
+    asked.clear()
+    stage(uri, tmp_path)
+    assert asked == []
 
 
 def test_a_kill_between_the_rename_and_the_mark_costs_nothing(s3_uri: str, tmp_path: Path, asked: list[int]) -> None:

@@ -98,7 +98,9 @@ def test_a_save_waits_for_no_upload(store: Store) -> None:
     store.open.clear()
     saves = writer_of(store)
     began = time.monotonic()
-    for step in (1, 2, 3):
+    save(saves, 1)
+    assert store.entered.wait(10)
+    for step in (2, 3):
         save(saves, step)
     assert time.monotonic() - began < 5
     assert saves.busy
@@ -116,7 +118,7 @@ def test_while_storage_fails_only_the_newest_the_best_and_the_kept_wait_and_go_o
     store.down = StorageError("no route")
     save(saves, 1, "always")
     until(lambda: waiting and waiting[-1] == 1)
-    assert not saves.busy, "a due save may take the place of one that waits"
+    until(lambda: not saves.busy)  # a due save may take the place of one that waits
     for step, needed in ((2, ""), (3, "best"), (4, ""), (5, "best"), (6, ""), (7, "")):
         save(saves, step, needed)
     until(lambda: sorted(path.name.split("-")[0] for path in store.folder.iterdir()) == ["1", "5", "7"])  # no more than those wait
@@ -297,7 +299,9 @@ def test_an_upload_that_moves_again_after_an_outage_is_not_dropped(store: Store)
 def test_local_disk_is_bounded_while_storage_is_slow(store: Store) -> None:
     store.open.clear()
     saves = writer_of(store)
-    for step in range(1, 9):
+    save(saves, 1, "best")
+    assert store.entered.wait(10)
+    for step in range(2, 9):
         save(saves, step, "best")
     until(lambda: sorted(path.name.split("-")[0] for path in store.folder.iterdir()) == ["1", "8"])
     store.open.set()
@@ -446,7 +450,8 @@ def test_a_real_run_is_written_while_storage_comes_and_goes(tmp_path: Path, s3_u
         until(lambda: not saves.busy)
     failing.clear()
     saves.wait()
-    assert [commit.step for commit in run.commits()] == [3, 1]
+    steps = [commit.step for commit in run.commits()]
+    assert (steps[0], steps[-1]) == (3, 1)  # 2 went when 3 came, unless it was being tried just then
     found = run.restore(tmp_path / "restored")
     assert found is not None
     assert found.commit.step == 3

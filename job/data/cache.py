@@ -2,11 +2,12 @@
 
     <scratch>/staged/<source>-<version>/lock        flock: users share it, who downloads or removes holds it alone
                                         data.part   while incomplete: sparse, as long as the whole
-                                        journal     the parts of it that are there
+                                        journal     the parts of it that are there, with their checksums
                                         <its name>  the whole
                                         DONE        written last; its time is that of the last use
 
-The kernel lets go of a lock when its process ends, however it ends.
+The kernel lets go of a lock when its process ends, however it ends. Nothing is flushed to the disk, which would take as long as the
+download: a kill loses no written byte, and after the machine itself has started anew, the journal's checksums tell what is there.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 LOCK, PART, JOURNAL, DONE = "lock", "data.part", "journal", "DONE"
 PRIVATE = "private-"
 """Begins the name of a folder of one process, where there are no locks."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LONGEST_NAME_BYTES = 200
 RESERVE_BYTES = 2**28
 """Left free on the disk: others write there too, checkpoints among them."""
@@ -71,11 +73,16 @@ class Entry:
 
     @property
     def is_done(self) -> bool:
-        """Whether all of it is there. A file that was cut since is not."""
+        """Whether all of it is there. Not a file that was cut since, nor one from before the machine started anew."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             marked: Any = json.loads((self.folder / DONE).read_bytes())
-            return bool(marked["size"] == self.size == self.file.stat().st_size)
+            return bool(marked["boot"] == boot_id() and marked["size"] == self.size == self.file.stat().st_size)
         return False
+
+
+def boot_id() -> str:
+    """Changes when the machine starts anew."""
+    return BOOT_ID.read_text(encoding="ascii").strip()
 
 
 def entry_of(staged: Path, uri: str, info: FileInfo) -> Entry:
@@ -102,15 +109,17 @@ def _name(uri: str) -> str:
 
 
 def mark_done(entry: Entry, uri: str, info: FileInfo) -> None:
-    """Says durably that all of it is there. The file must be durable already."""
+    """Says that all of it is there, until the machine starts anew."""
     about = {
+        "boot": boot_id(),
         "uri": shown(uri),
         "size": info.size,
         "token": info.token,
         "staged": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    files.write_bytes(str(entry.folder / DONE), json.dumps(about).encode())
-    entry.journal.unlink(missing_ok=True)
+    new = entry.folder / f"{DONE}.new"
+    new.write_text(json.dumps(about), encoding="utf-8")
+    os.replace(new, entry.folder / DONE)
 
 
 def touch(entry: Entry) -> None:

@@ -15,8 +15,6 @@ from job.storage.files import FileInfo, Part, Replaced, shown
 from job.storage.parallel import in_parallel
 from job.storage.remote import is_s3
 
-BATCH_BYTES = 64 * 2**20
-"""Made durable together: so much is fetched again after a kill, at most."""
 PROGRESS_SECONDS = 0.3
 
 log = logging.getLogger(__name__)
@@ -25,7 +23,10 @@ _LINE = re.compile(r"(\d+) (\d+) ([0-9a-f]+)\n")
 
 
 class Journal:
-    """What of a file is there, in memory and on the disk. Thread-safe; owns the two files until `close`."""
+    """What of a file is there, in memory and in a file. Thread-safe; owns the two files until `close`.
+
+    A line may outlive its bytes when the machine fails, so the checksum is compared before a part is believed to be there.
+    """
 
     def __init__(self, entry: Entry, info: FileInfo, *, check: Callable[[], None]) -> None:
         if not entry.part.exists():  # killed between the rename and DONE
@@ -33,16 +34,16 @@ class Journal:
                 os.replace(entry.file, entry.part)
         self.crcs: dict[Part, int] = {}
         """Of the parts that are there."""
-        self._pending: dict[Part, int] = {}
         self._lock = threading.Lock()
-        self._writing = threading.Lock()
         self._closed = False
         self.handle = os.open(entry.part, os.O_RDWR | os.O_CREAT, 0o666)
         self._journal = -1
         try:
             os.ftruncate(self.handle, info.size)
             self._recall(entry, info, check)
-            files.write_bytes(str(entry.journal), _lines(self.crcs))  # without what was torn or is damaged
+            fresh = entry.journal.with_name(f"{entry.journal.name}.new")
+            fresh.write_bytes(_lines(self.crcs))  # without what was torn or is damaged
+            os.replace(fresh, entry.journal)
             self._journal = os.open(entry.journal, os.O_WRONLY | os.O_APPEND)
         except BaseException:
             self.close()
@@ -69,43 +70,20 @@ class Journal:
         return sum(part.length for part in list(self.crcs))
 
     def add(self, part: Part, crc: int) -> None:
-        """The part's bytes are in the file. Every BATCH_BYTES one of the threads that call this makes them durable."""
+        """The part's bytes are in the file."""
         with self._lock:
-            if self._closed:  # a straggler of a transfer that was given up
-                return
-            self.crcs[part] = self._pending[part] = crc
-        while self._is_due() and self._writing.acquire(
-            blocking=False
-        ):  # again, for what others added meanwhile and left to this one
-            try:
-                self._write()
-            finally:
-                self._writing.release()
-
-    def _is_due(self) -> bool:
-        with self._lock:
-            return not self._closed and sum(part.length for part in self._pending) >= BATCH_BYTES
-
-    def _write(self) -> None:
-        with self._lock:
-            taken, self._pending = self._pending, {}
-        if taken and self._journal >= 0:
-            os.fdatasync(self.handle)  # first the data: a line that outlives it would be a lie
-            os.write(self._journal, _lines(taken))
+            if not self._closed:  # else it is a straggler of a transfer that was given up
+                self.crcs[part] = crc
+                os.write(self._journal, _lines({part: crc}))
 
     def close(self) -> None:
-        """Makes all that is there durable, and what is known of it."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        with self._writing:
-            try:
-                self._write()
-            finally:
-                os.close(self.handle)
-                if self._journal >= 0:
-                    os.close(self._journal)
+            os.close(self.handle)
+            if self._journal >= 0:
+                os.close(self._journal)
 
 
 def _lines(crcs: dict[Part, int]) -> bytes:
@@ -121,7 +99,7 @@ def fetch(
     progress: Callable[[int], None],
     check: Callable[[], None],
 ) -> int:
-    """Brings all of a version of a file into the entry's folder, durable and under its name; the caller holds the lock alone.
+    """Brings all of a version of a file into the entry's folder, under its name; the caller holds the lock alone.
 
     Args:
         began: called once with the bytes that were there already.
@@ -159,7 +137,7 @@ def fetch(
     if not files.verify(uri, info, journal.crcs):
         log.info("the store keeps no checksum of it to compare with", extra={"uri": shown(uri)})
     _check_version(uri, info)
-    files.upload(entry.part, str(entry.file), move=True)  # the same folder: it is made durable and renamed
+    os.replace(entry.part, entry.file)
     with telling:
         progress(info.size)
     return info.size - resumed_bytes

@@ -106,11 +106,11 @@ def head(uri: str) -> Head:
     return Head(size, etag, checksum, algorithm if checksum else "", part_bytes)
 
 
-def get_range(uri: str, start: int, length: int, *, size: int, etag: str, take: Callable[[bytes], None]) -> None:
+def get_range(uri: str, start: int, length: int, *, size: int, etag: str, take: Callable[[memoryview], None]) -> None:
     """Reads a part of one version of an object.
 
     Args:
-        size, etag: of the version. take: called with the bytes in order.
+        size, etag: of the version. take: called with the bytes in order, in a buffer that is used again.
     Raises: OtherVersion; FileNotFoundError; ConnectionError, when other bytes than asked for are announced, fewer come, or they
         come too slowly; what botocore raises.
     """
@@ -122,16 +122,23 @@ def get_range(uri: str, start: int, length: int, *, size: int, etag: str, take: 
             raise OtherVersion(uri)
         if reply.get("ContentRange") != expected:
             raise ConnectionError(f"asked for {expected}, the store sends {reply.get('ContentRange') or 'all of it'}")
-        while left and (block := body.read(min(left, BLOCK_BYTES))):
-            left -= len(block)
-            take(block)
+        stream, buffer = _stream(body), memoryview(bytearray(min(length, BLOCK_BYTES)))
+        while left and (came := stream.readinto(buffer[:left])):
+            left -= came
+            take(buffer[:came])
             _check_pace(deadline)
         if left:
             raise ConnectionError(f"the body ended {left} bytes before its end")
     except BaseException:
         body.close()  # the connection is in the middle of something: not for others to use
         raise
-    body.read()  # to the end of the stream, which gives the connection back
+    body._raw_stream.release_conn()  # noqa: SLF001  it is read to its end
+
+
+def _stream(body: Any) -> Any:
+    """What reads into a buffer of ours: http.client's reply, below two layers that would copy each block twice."""
+    raw = body._raw_stream  # noqa: SLF001
+    return getattr(raw, "_fp", None) or raw
 
 
 def put(uri: str, data: memoryview, *, check: Callable[[], None]) -> None:

@@ -136,7 +136,7 @@ def fetch_parts(
         def attempt() -> None:
             crc, at = 0, part.start
 
-            def take(block: bytes) -> None:
+            def take(block: Any) -> None:
                 nonlocal crc, at
                 given_up()
                 crc = crc_of(info, block, crc)
@@ -237,14 +237,14 @@ def stat_s3(uri: str) -> FileInfo:
     return FileInfo(head.size, head.etag, head.algorithm or "crc64nvme", head.checksum, head.part_bytes)
 
 
-def _read_s3(uri: str, info: FileInfo, part: Part, take: Callable[[bytes], None]) -> None:
+def _read_s3(uri: str, info: FileInfo, part: Part, take: Callable[[Any], None]) -> None:
     try:
         s3.get_range(uri, part.start, part.length, size=info.size, etag=info.token, take=take)
     except (FileNotFoundError, s3.OtherVersion):
         raise Replaced(_replaced(uri)) from None
 
 
-def _read_local(path: str, _info: FileInfo, part: Part, take: Callable[[bytes], None]) -> None:
+def _read_local(path: str, _info: FileInfo, part: Part, take: Callable[[Any], None]) -> None:
     with open(path, "rb", buffering=0) as file:
         at, end = part.start, part.start + part.length
         while at < end:
@@ -255,7 +255,7 @@ def _read_local(path: str, _info: FileInfo, part: Part, take: Callable[[bytes], 
             at += len(block)
 
 
-def _read_any(uri: str, _info: FileInfo, part: Part, take: Callable[[bytes], None]) -> None:
+def _read_any(uri: str, _info: FileInfo, part: Part, take: Callable[[Any], None]) -> None:
     filesystem, path = open_uri(uri)
     data = bytes(filesystem.cat_file(path, start=part.start, end=part.start + part.length))
     if len(data) != part.length:
@@ -267,7 +267,7 @@ def _replaced(uri: str) -> str:
     return f"{shown(uri)} was replaced or removed while it was read. Start again once it no longer changes."
 
 
-def _write_all(handle: int, block: bytes, at: int) -> None:
+def _write_all(handle: int, block: Any, at: int) -> None:
     view = memoryview(block)
     while view:
         written = os.pwrite(handle, view, at)
