@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         path, _ = self._place()
         if not path.is_file():
-            return self._reply(404)
+            return self._reply(404 if "/" in self.path.strip("/") else 200)  # any bucket is there
         self.send_response_only(200)
         self.send_header("Content-Length", str(path.stat().st_size))
         self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
@@ -115,10 +115,16 @@ class Handler(BaseHTTPRequestHandler):
         self._reply(204)
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients hang up as they like."""
+
+
 def _serve(folder: str, pipe: Any) -> None:
     Handler.folder = Path(folder)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), Handler)
     pipe.send(server.server_address[1])
     server.serve_forever()
 
