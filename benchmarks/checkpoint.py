@@ -4,17 +4,15 @@ import datetime as dt
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.images import write_photos
+from benchmarks.light_s3 import light_server
 from benchmarks.machine import LIMIT_COLUMNS, REPOSITORY, Limit, arguments, in_child, publish, say, spread, table
 from tests.s3server import BUCKET, running_server
 
@@ -116,32 +114,6 @@ def stopping(folder: Path, data: tuple[Path, Path], *, device: str, turn: int) -
     return {"durable_seconds": durable - last_step, "exit_seconds": ended - last_step}
 
 
-@contextmanager
-def moto_server() -> Iterator[str]:
-    """The endpoint of an S3 that takes a third of SeaweedFS's time for a GiB; it has one bucket."""
-    import boto3  # type: ignore[import-untyped]
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    endpoint = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            deadline = time.monotonic() + 60
-            while True:
-                try:
-                    boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket=BUCKET)
-                    break
-                except Exception:
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.5)
-            yield endpoint
-        finally:
-            process.kill()
-
-
 def main() -> int:
     parser = arguments(__doc__ or "", repeats=3)
     parser.add_argument("--device", default="cpu", help="of the job [default: %(default)s]")
@@ -155,9 +127,9 @@ def main() -> int:
         saved = saving(folder, data, device=args.device)
         say("SIGTERM, on SeaweedFS")
         stopped_there = [stopping(folder, data, device=args.device, turn=turn) for turn in range(args.repeats)]
-        with moto_server() as endpoint:
+        with light_server() as (endpoint, _):
             os.environ["AWS_ENDPOINT_URL"] = endpoint
-            say("SIGTERM, on moto")
+            say("SIGTERM, on a server that costs next to nothing")
             stopped = [stopping(folder, data, device=args.device, turn=turn) for turn in range(args.repeats)]
     steps, stalls = sorted(saved["step_seconds"]), saved["stall_seconds"]
     step = steps[len(steps) // 2]
@@ -166,14 +138,23 @@ def main() -> int:
     limits = [
         Limit("stall of the training thread for one save", max(stalls), 0.05 if on_gpu else step, "s", spread=spread(stalls, 3)),
         Limit("stall, share of the time at the automatic interval", max(stalls) / interval * 100, 0.5, "%"),
-        Limit("from the end of the running step after SIGTERM to durable, moto", max(durable), 10, "s", spread=spread(durable, 1)),
+        Limit(
+            "from the end of the running step after SIGTERM to durable, benchmarks/light_s3.py",
+            max(durable),
+            10,
+            "s",
+            spread=spread(durable, 1),
+        ),
     ]
     facts = [
         ("bytes of a checkpoint", f"{max(saved['bytes']) / 1e9:.2f} GB"),
         (f"step, {BATCH_SIZE} pairs", f"{spread(steps, 2)} s"),
         ("save to durable, beside training", f"{spread(saved['durable_seconds'], 1)} s"),
         ("automatic interval that follows", f"{interval:.0f} s"),
-        ("SIGTERM: end of the step to the exit, moto", f"{spread([one['exit_seconds'] for one in stopped], 1)} s"),
+        (
+            "SIGTERM: end of the step to the exit, benchmarks/light_s3.py",
+            f"{spread([one['exit_seconds'] for one in stopped], 1)} s",
+        ),
         (
             "SIGTERM: end of the step to durable, SeaweedFS (which takes 11 CPU-s per GiB itself)",
             f"{spread([one['durable_seconds'] for one in stopped_there], 1)} s",

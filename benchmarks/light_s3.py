@@ -59,12 +59,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, query = self._place()
         if not path.is_file():
-            found = (
-                b""
-                if "uploads" in query
-                else b"<ListBucketResult><KeyCount>0</KeyCount><IsTruncated>false</IsTruncated></ListBucketResult>"
-            )
-            return self._reply(200, found)
+            listing = "list-type" in query or "uploads" in query
+            return self._reply(200, self._listing(query)) if listing else self._reply(404, b"<Error><Code>NoSuchKey</Code></Error>")
         size = path.stat().st_size
         match = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         start, end = (int(match[1]), min(int(match[2] or size), size - 1)) if match else (0, size - 1)
@@ -80,8 +76,25 @@ class Handler(BaseHTTPRequestHandler):
                 start += os.sendfile(self.connection.fileno(), file.fileno(), start, end - start + 1)
         return None
 
+    def _listing(self, query: dict[str, str]) -> bytes:
+        if "uploads" in query:
+            return b"<ListMultipartUploadsResult><IsTruncated>false</IsTruncated></ListMultipartUploadsResult>"
+        bucket = urllib.parse.quote("/" + urllib.parse.urlsplit(self.path).path.strip("/") + "/", safe="")
+        found = ""
+        for path in sorted(self.folder.glob(bucket + "*")):
+            name = urllib.parse.unquote(path.name.removeprefix(bucket))
+            if name.startswith(query.get("prefix", "")):
+                found += (
+                    f"<Contents><Key>{name}</Key><Size>{path.stat().st_size}</Size>"
+                    '<ETag>"1"</ETag><LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>'
+                )
+        return f"<ListBucketResult><IsTruncated>false</IsTruncated>{found}</ListBucketResult>".encode()
+
     def do_PUT(self) -> None:
         path, query = self._place()
+        if "If-None-Match" in self.headers and path.exists():
+            self.rfile.read(int(self.headers["Content-Length"]))
+            return self._reply(412, b"<Error><Code>PreconditionFailed</Code></Error>")
         if "partNumber" in query:
             path = path.with_name(f"{path.name}.{query['partNumber']}")
         wanted = {name: self.headers[name] for name in CHECKS if name in self.headers}
@@ -101,6 +114,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         path, query = self._place()
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if "delete" in query:
+            return self._reply(200, b"<DeleteResult></DeleteResult>")
         if "uploads" in query:
             return self._reply(200, b"<InitiateMultipartUploadResult><UploadId>1</UploadId></InitiateMultipartUploadResult>")
         parts = sorted(path.parent.glob(path.name + ".*"), key=lambda part: int(part.name.rpartition(".")[2]))
