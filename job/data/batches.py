@@ -24,7 +24,7 @@ CROP_STREAM = 0
 BATCHES_AHEAD = 3
 BYTES_AHEAD = 2**31
 """Very large batches are prepared fewer ahead."""
-CHUNK = 8
+CHUNK = 16
 """Images per task: enough to make the queue's cost vanish, few enough to spread one batch over all threads."""
 
 T = TypeVar("T")
@@ -193,5 +193,6 @@ def _ready(batch: Future[T], stopping: Callable[[], bool]) -> bool:
 
 
 def _one_torch_thread() -> None:
-    """Each decode thread would start a team of OpenMP threads of its own otherwise."""
+    """Each decode thread would start a team of OpenMP threads of its own otherwise, and note gradients that nobody wants."""
     torch.set_num_threads(1)
+    torch.set_grad_enabled(False)

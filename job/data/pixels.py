@@ -60,8 +60,9 @@ def decode(data: bytes | bytearray) -> Tensor:
         raise BadImage("it is empty")
     try:
         if data[:3] == b"\xff\xd8\xff":
-            _refuse_bomb(*_jpeg_size(data))
-            return _decode_jpeg(data)
+            height, width, at = _jpeg_frame(data)
+            _refuse_bomb(height, width)
+            return _decode_jpeg(data, has_exif=data.find(b"Exif", 0, at) >= 0)
         return _decode_with_pillow(data)
     except (BadImage, MemoryError):
         raise
@@ -69,23 +70,23 @@ def decode(data: bytes | bytearray) -> Tensor:
         raise BadImage(str(error).splitlines()[0][:200] if str(error) else type(error).__name__) from None
 
 
-def _decode_jpeg(data: bytes | bytearray) -> Tensor:
+def _decode_jpeg(data: bytes | bytearray, *, has_exif: bool) -> Tensor:
     if torchvision_io is None:
         return _decode_with_pillow(data)
     raw = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
-    decoded: Tensor = torchvision_io.decode_jpeg(raw, mode=torchvision_io.ImageReadMode.RGB, apply_exif_orientation=True)
+    decoded: Tensor = torchvision_io.decode_jpeg(raw, mode=torchvision_io.ImageReadMode.RGB, apply_exif_orientation=has_exif)
     return decoded
 
 
-def _jpeg_size(data: bytes | bytearray) -> tuple[int, int]:
-    """(height, width) from the first frame header, without decoding."""
+def _jpeg_frame(data: bytes | bytearray) -> tuple[int, int, int]:
+    """(height, width, offset) of the first frame header, without decoding. Metadata comes before it."""
     at = 2
     while at + 9 <= len(data):
         if data[at] != 0xFF:
             break
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big"), at
         at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     raise BadImage("it is a JPEG without a frame header")
 
