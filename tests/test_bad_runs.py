@@ -226,7 +226,9 @@ def test_bad_run(case: Case, world: World, capsys: pytest.CaptureFixture[str], m
     Case("scratch below a file", 69, "data.csv", "writable local folder", lambda w: w.resume(scratch=w.sound / "data.csv" / "x")),
     Case("run in an unknown place", 2, "nfs4://", "local path or s3://", lambda w: w.start(run="nfs4://host/run")),
     Case("CSV in an unknown place", 2, "nfs4://", "local path or s3://", lambda w: w.start(csv="nfs4://host/data.csv")),
-    Case("CSV from a dead server", 69, "http://localhost:9", "start the server", lambda w: w.start(csv="http://localhost:9/data.csv")),
+    Case(
+        "CSV from a dead server", 69, "http://localhost:9", "start the server", lambda w: w.start(csv="http://localhost:9/data.csv")
+    ),
     Case("run is a file", 77, "data.csv", "Choose another path", lambda w: w.start(run=w.sound / "data.csv")),
 )
 def test_bad_place(case: Case, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
