@@ -32,7 +32,7 @@ STEPS, EVALUATE_EVERY = 80, 10
 SETTINGS: dict[str, Any] = {
     "max_steps": STEPS,
     "global_batch_size": 16,
-    "val_fraction": 0.02,
+    "val_fraction": 0.1,
     "evaluate_every": EVALUATE_EVERY,
     "checkpoint_every": 4,
     "precision": "fp32",
@@ -126,7 +126,7 @@ def strike(job: Job, run: str, aim: str, dice: random.Random, *, start_seconds: 
     elif aim == "evaluate":
         # A step's line is written once the next step is done: after that of step 9 comes the evaluation of step 10.
         job.until(lambda: about_to_evaluate() or exporting(), "an evaluation")
-        delay = dice.uniform(0, 0.8 * evaluation_seconds)
+        delay = dice.uniform(0, 0.5 * evaluation_seconds)
     elif aim == "save":
         wanted, met = dice.randint(1, 3), set[str]()
 
