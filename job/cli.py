@@ -223,6 +223,7 @@ def _train(stop: StopSignal, given: dict[str, Any]) -> int:
     from job.checkpoint.store import RunStore
     from job.result import result_table
     from job.runtime.log import set_up_logging
+    from job.runtime.ranks import ranks_of
     from job.storage.options import configure_storage
 
     set_up_logging()
@@ -233,23 +234,34 @@ def _train(stop: StopSignal, given: dict[str, Any]) -> int:
     stored = store.load_config()
     config = resolve(given, settings_of(stored))
     configure_storage(config.storage_option)
+    ranks, is_launcher = ranks_of(os.environ, nproc_per_node=config.nproc_per_node, nnodes=config.nnodes)
+    if config.global_batch_size < ranks.size:
+        raise ConfigError(
+            f"--global-batch-size {config.global_batch_size} leaves nothing for some of {ranks.size} ranks. Start fewer of them."
+        )
+    set_up_logging(ranks)
     result = store.result()
     if result is None:
         stop.check("starting")
-        if sys.stderr.isatty():
+        if is_launcher:
+            from job.spawn import run_ranks
+
+            return run_ranks(ranks, sys.argv[1:])
+        if sys.stderr.isatty() and ranks.rank == 0:
             sys.stderr.write(f"{'Going on with' if stored else 'Starting'} the run {config.run} …\n")
         from job.train import Outcome, train
 
         stop.check("importing")
-        if train(config, store=store, stop=stop) is Outcome.STOPPED:
+        if train(config, store=store, stop=stop, ranks=ranks) is Outcome.STOPPED:
             step = ""
             with contextlib.suppress(JobError):  # it is durable; this is only to tell where
                 step = next((f" at step {step}" for _, step, _ in commit_entries(store.uri)), "")
-            sys.stderr.write(f"clipjob: {stop.name}: saved{step}. Run the same command to go on.\n")
+            if ranks.rank == 0:
+                sys.stderr.write(f"clipjob: {stop.name or 'stopped'}: saved{step}. Run the same command to go on.\n")
             return 75
         result = store.result()
-    else:
+    elif ranks.rank == 0:
         sys.stderr.write("clipjob: this run is complete. For more training start a new run with --init-from.\n")
-    if result is not None:
+    if result is not None and ranks.rank == 0:
         click.echo(result_table(result, run=config.run))
     return 0

@@ -87,7 +87,6 @@ class Config:
     scratch: str = option(
         "", "Local folder for staged files; default: clipjob-<user id> in the system's temporary folder.", may_change=True
     )
-
     scratch_limit: str = option(
         "",
         "Most bytes of staged files to keep there, such as 200GB; the oldest go first. Empty: what the disk holds.",
@@ -139,6 +138,14 @@ class Config:
     epochs: float = option(10.0, "Passes over the training rows.", above=0, at_most=1e6)
     max_steps: int = option(0, "Steps in all; wins over --epochs. 0: as many as --epochs needs.", at_least=0)
     global_batch_size: int = option(256, "Pairs per step, over all devices.", at_least=2)
+    micro_batch: int = option(
+        0,
+        "Pairs per device that go through the towers at a time; the loss still sees the global batch. Less memory, about a third "
+        "more time. 0: all at once.",
+        at_least=0,
+        may_change=True,
+    )
+    loss: str = option("clip", "clip: softmax over the global batch. siglip: a sigmoid for each pair.", choices=("clip", "siglip"))
     lr: float = option(1e-5, "Peak learning rate.", above=0)
     weight_decay: float = option(0.1, "AdamW's decay of matrices (never of biases, norms and logit_scale).", at_least=0)
     beta1: float = option(0.9, "AdamW's beta1.", at_least=0, at_most=0.9999)
@@ -164,6 +171,10 @@ class Config:
     )
 
     # Running
+    nproc_per_node: int = option(1, "Processes to start on this node, one per GPU.", at_least=1, may_change=True)
+    nnodes: int = option(
+        1, "Nodes of the job; each runs the same command, with MASTER_ADDR and NODE_RANK set.", at_least=1, may_change=True
+    )
     threads: int = option(0, "Threads that decode images; 0: one per core, 16 at most.", at_least=0, may_change=True)
     torch_threads: int = option(0, "Threads of torch on the CPU; 0: one per core. The bits of a run depend on it.", at_least=0)
     metrics_port: int = option(

@@ -5,6 +5,7 @@
     ├── DataError           65   bad CSV, LMDB, images, or weights file
     ├── StorageError        69   storage or hub unreachable after retries; disk or quota full
     ├── TrainingError       70   diverged, no progress, out of memory
+    ├── PeerFailed               another rank ended, with its exit code; 70 if it is lost
     ├── DeviceError         71   this node cannot do what was asked of it
     ├── Stopped             75   a signal arrived; everything done so far is durable
     ├── Superseded          76   a newer attempt owns the run
@@ -16,13 +17,12 @@ An exception that is not a JobError is a bug of ours: it exits 70 with its trace
 """
 
 import errno
-from typing import ClassVar
 
 
 class JobError(Exception):
     """A job that ends for a known reason. The message is one paragraph: what, where, and what to do."""
 
-    exit_code: ClassVar[int] = 70
+    exit_code: int = 70
 
 
 class ConfigError(JobError):
@@ -39,6 +39,14 @@ class StorageError(JobError):
 
 class TrainingError(JobError):
     exit_code = 70
+
+
+class PeerFailed(JobError):
+    """Another rank of the job has ended, and this one with it."""
+
+    def __init__(self, message: str, exit_code: int = 70) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class DeviceError(JobError):

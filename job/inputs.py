@@ -14,6 +14,7 @@ from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
+from job.attempt import scratch_root
 from job.config import AUTO, Config
 from job.data.captions import find_tag_separator, full_lengths
 from job.data.check import check_data, quick_check
@@ -25,7 +26,6 @@ from job.data.pixels import decode
 from job.data.staging import Staging
 from job.errors import DataError
 from job.model.build import parameter_count, tokenizer_for
-from job.start import scratch_root
 
 log = logging.getLogger(__name__)
 

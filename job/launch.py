@@ -1,10 +1,11 @@
 """From the command line to the process's exit code. Nothing heavy is imported before the signal handler is installed."""
 
+import os
 import sys
 import traceback
 from typing import NoReturn
 
-from job.errors import JobError
+from job.errors import JobError, PeerFailed
 from job.runtime.stop import StopSignal
 
 STOPPABLE = ("train", "demo", "pack")
@@ -25,6 +26,10 @@ def main() -> NoReturn:
         code = 70
     if stoppable:
         stop.ignore()
+    if _rank() and code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # what is left of a broken group of ranks could keep the interpreter from ending
     sys.exit(code)
 
 
@@ -48,6 +53,10 @@ def run_command(arguments: list[str], stop: StopSignal) -> int:
     except (click.Abort, KeyboardInterrupt):
         _tell("stopped")
         return 130
+    except PeerFailed as error:
+        if _rank() in ("", "0") or "ank 0 " in str(error):  # one voice is enough
+            _tell(str(error))
+        return error.exit_code
     except JobError as error:
         _tell(str(error))
         return error.exit_code
@@ -72,5 +81,11 @@ def run_command(arguments: list[str], stop: StopSignal) -> int:
 
 
 def _tell(message: str) -> None:
-    sys.stderr.write(f"clipjob: {message}\n")
+    who = f"rank {_rank()}: " if _rank() else ""
+    sys.stderr.write(f"clipjob: {who}{message}\n")
     sys.stderr.flush()
+
+
+def _rank() -> str:
+    """The number of this process among several that its environment names; empty for one alone."""
+    return os.environ.get("RANK", "") if os.environ.get("WORLD_SIZE", "1") not in ("", "1") else ""

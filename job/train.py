@@ -1,7 +1,8 @@
 """The whole job, from a config to an outcome. Read it top to bottom.
 
-1. node        device, precision, threads: what can't work here ends the job before anything is written
-2. data        remote LMDBs are staged beside; meanwhile CSVs are read and the model is built from the run's own base folder,
+1. ranks       this process and its peers, if there are several; all that follows is what each of them does
+2. node        device, precision, threads: what can't work here ends the job before anything is written
+3. data        remote LMDBs are staged beside; meanwhile CSVs are read and the model is built from the run's own base folder,
                which a new run makes here; then the LMDB is opened and checked, rows divided into training and held-out
 4. run         a restart is compared with the run's config and data, then the attempt is claimed
 5. state       the newest checkpoint that verifies, or step 0
@@ -21,37 +22,39 @@ from typing import Any
 
 import torch
 
-from job.checkpoint.state import FACTS, OPTIMIZER, WEIGHTS, TrainState
-from job.checkpoint.store import RunStore, abort_uploads
-from job.checkpoint.writer import CheckpointWriter
+from job.attempt import Attempt, joined, working_folder
+from job.checkpoint.state import WEIGHTS, TrainState
+from job.checkpoint.store import RunStore
+from job.claim import claim_run, restore
 from job.config import Config
 from job.data.captions import Captions
 from job.data.dataset import Dataset
 from job.data.order import steps_in
-from job.data.staging import Staging
 from job.errors import DataError, JobError, StorageError, TrainingError, exit_code_of
 from job.evaluate.export import export_run
 from job.inputs import Beside, open_dataset, read_tables, stage_lmdbs, staging_area
 from job.model.build import WEIGHTS_FILE, ClipModel, build_base
 from job.model.optimizer import lr_at, warmup_steps
-from job.model.step import count_nonfinite, train_step
+from job.model.step import take_row, train_step
+from job.model.towers import make_towers
 from job.model.weights import load_weights
-from job.runtime.device import autocast_dtype, choose_device, choose_precision, cores, device_failure
+from job.runtime.device import choose_device, choose_precision, cores_of_rank, device_failure
 from job.runtime.history import History
 from job.runtime.memory import keep_freed_memory
 from job.runtime.metrics import Metrics
 from job.runtime.progress import Progress, StagingProgress
+from job.runtime.ranks import ALONE, Ranks
 from job.runtime.schedule import CheckpointClock, due_at_step
 from job.runtime.stop import StopSignal
+from job.runtime.world import Agreement
 from job.start import (
     captions_of,
-    compare_with_run,
-    describe_attempt,
+    checkpoint_writer,
     evaluation,
     find_base,
     new_state,
+    step_settings,
     training_batches,
-    working_folder,
 )
 from job.storage.probe import check_storage
 
@@ -63,53 +66,46 @@ class Outcome(enum.Enum):
     STOPPED = "stopped"
 
 
-def train(config: Config, *, store: RunStore, stop: StopSignal) -> Outcome:
+def train(config: Config, *, store: RunStore, stop: StopSignal, ranks: Ranks = ALONE) -> Outcome:
     """Runs one attempt of a job, up to its end or a signal.
 
     Args:
         config: resolved against the run's stored one.
         store: of config.run, its config loaded; nothing claimed yet.
+        ranks: which of the processes of the job this is. Each calls this with the same config.
     Returns: COMPLETE, and the result is durable; STOPPED, and everything done so far is durable.
     Raises: JobError, whose exit code says who must act.
     """
     started = time.monotonic()
-    device = choose_device(config.device)
-    config = replace(config, precision=choose_precision(config.precision, device), torch_threads=config.torch_threads or cores())
-    torch.set_num_threads(config.torch_threads)
-    keep_freed_memory()
-    check_storage(config.run)
-    with (
-        contextlib.closing(Metrics(port=config.metrics_port)) as metrics,
-        contextlib.closing(StagingProgress(also=metrics.staging)) as progress,
-        working_folder(config.scratch, run=config.run) as scratch,
-        staging_area(config, check=lambda: stop.check("staging the data"), progress=progress) as staging,
-    ):
-        outcome = run_attempt(
-            config, store=store, stop=stop, device=device, scratch=scratch, staging=staging, metrics=metrics, started=started
-        )
+    store.check = lambda: stop.check("files of the run were on their way")
+    with contextlib.ExitStack() as closing:
+        world = closing.enter_context(joined(ranks, stop=stop))
+        device = choose_device(config.device, ranks=ranks)
+        precision, threads = choose_precision(config.precision, device), config.torch_threads or cores_of_rank(ranks)
+        precision, threads = world.share("arithmetic", lambda: [precision, threads])
+        config = replace(config, precision=precision, torch_threads=threads)
+        torch.set_num_threads(config.torch_threads)
+        keep_freed_memory()
+        if world.is_first:
+            check_storage(config.run)
+        metrics = closing.enter_context(contextlib.closing(Metrics(port=config.metrics_port if world.is_first else 0)))
+        progress = closing.enter_context(contextlib.closing(StagingProgress(also=metrics.staging, live=world.is_first)))
+        scratch = closing.enter_context(working_folder(config.scratch, run=config.run))
+        staging = closing.enter_context(staging_area(config, check=lambda: stop.check("staging the data"), progress=progress))
+        outcome = run_attempt(config, Attempt(store, stop, world, device, scratch, staging, metrics, started))
         if outcome is Outcome.COMPLETE and not config.keep_staged:
             staging.purge()
         return outcome
 
 
-def run_attempt(
-    config: Config,
-    *,
-    store: RunStore,
-    stop: StopSignal,
-    device: torch.device,
-    scratch: Path,
-    staging: Staging,
-    metrics: Metrics,
-    started: float,
-) -> Outcome:
+def run_attempt(config: Config, attempt: Attempt) -> Outcome:
     """Opens the data, claims the run, and trains."""
-    store.check = lambda: stop.check("files of the run were on their way")
-    with Beside(partial(stage_lmdbs, config, staging)) as lmdbs:
-        config, tables = read_tables(config, staging)
+    store, stop, world = attempt.store, attempt.stop, attempt.world
+    with Beside(partial(stage_lmdbs, config, attempt.staging)) as lmdbs:
+        config, tables = read_tables(config, attempt.staging)
         lmdbs.raise_failure()
         stop.check("reading the data")
-        base, base_is_new = find_base(config, store, scratch, staging)
+        base, base_is_new = find_base(config, attempt)
         lmdbs.raise_failure()
         stop.check("building the model")
         clip = build_base(base)
@@ -118,34 +114,32 @@ def run_attempt(
         paths = lmdbs.result()
     dataset = open_dataset(config, tables, paths)
     stop.check("opening the data")
-    compare_with_run(config, store, dataset)
-    attempt = store.claim(describe_attempt(device, metrics_port=metrics.port))
-    log.info("attempt", extra={"run": config.run, "attempt": attempt, "device": str(device), "precision": config.precision})
+    claim_run(config, attempt, dataset)
+    log.info(
+        "attempt",
+        extra={
+            "run": config.run,
+            "attempt": store.attempt,
+            "device": str(attempt.device),
+            "precision": config.precision,
+            "ranks": world.size,
+        },
+    )
     try:
-        abort_uploads(store.uri)
         if base_is_new:
             store.put_folder("base", base)
-        outcome = run_steps(
-            config,
-            store=store,
-            stop=stop,
-            dataset=dataset,
-            clip=clip,
-            captions=captions,
-            device=device,
-            base=base,
-            scratch=scratch,
-            metrics=metrics,
-            started=started,
-        )
+        world.share("base is there", bool)
+        world.connect(attempt.device)
+        outcome = run_steps(config, attempt, dataset=dataset, clip=clip, captions=captions, base=base)
     except Exception as error:
-        failure = device_failure(error)
-        if not (isinstance(failure, StorageError) and "://" in store.uri):  # it would fail as well, after as many tries
+        failure = world.explained(device_failure(error))
+        if world.is_first and not (isinstance(failure, StorageError) and "://" in store.uri):  # it would fail as well, as slowly
             note_end(store, exit_code_of(failure), str(failure) or type(failure).__name__)
         if failure is error:
             raise
         raise failure from error
-    note_end(store, *((0, "complete") if outcome is Outcome.COMPLETE else (75, stop.name)))
+    if world.is_first:
+        note_end(store, *((0, "complete") if outcome is Outcome.COMPLETE else (75, stop.name or "signal of another rank")))
     return outcome
 
 
@@ -157,66 +151,47 @@ def note_end(store: RunStore, exit_code: int, reason: str) -> None:
         log.warning("how this attempt ended could not be noted", extra={"reason": str(error)})
 
 
-def run_steps(
-    config: Config,
-    *,
-    store: RunStore,
-    stop: StopSignal,
-    dataset: Dataset,
-    clip: ClipModel,
-    captions: Captions,
-    device: torch.device,
-    base: Path,
-    scratch: Path,
-    metrics: Metrics,
-    started: float,
-) -> Outcome:
+def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipModel, captions: Captions, base: Path) -> Outcome:
     """From the newest checkpoint to the result, or to a signal."""
-    restored = store.restore(scratch / "restored")
+    store, stop, world, metrics = attempt.store, attempt.stop, attempt.world, attempt.metrics
+    restored = restore(attempt)
     load_weights(clip.module, str(restored.folder / WEIGHTS if restored else base / WEIGHTS_FILE), model=str(base))
-    clip = clip.to(device)
+    clip = clip.to(attempt.device)
     state = new_state(config, clip)
     if restored:
-        state.restore({name: restored.folder / name for name in (OPTIMIZER, FACTS)})
-        shutil.rmtree(scratch / "restored", ignore_errors=True)
+        state.restore(restored.folder, restored.commit.files)
         log.info("resumed", extra={"step": state.step, "rejected": restored.rejected})
+    world.meet()  # all have read it
+    shutil.rmtree(attempt.scratch / "restored", ignore_errors=True)
     seconds_before = state.seconds
 
     row_count, batch_size = len(dataset.train_rows), config.global_batch_size
     steps_per_epoch = row_count / batch_size
     steps = steps_in(epochs=config.epochs, row_count=row_count, global_batch_size=batch_size, max_steps=config.max_steps)
     warmup = warmup_steps(config.warmup, steps)
-    autocast = autocast_dtype(config.precision)
-    evaluate = evaluation(config, dataset, captions, clip, stop)
+    towers, settings = make_towers(clip, world=world), step_settings(config)
+    evaluate = evaluation(config, attempt, dataset, captions, clip)
     clock = CheckpointClock(config.checkpoint_every, steps_per_epoch=steps_per_epoch)
 
     with contextlib.ExitStack() as closing:
-        progress = Progress(steps=steps, done=state.step, every=config.log_every, steps_per_epoch=steps_per_epoch)
+        progress = Progress(
+            steps=steps, done=state.step, every=config.log_every, steps_per_epoch=steps_per_epoch, live=world.is_first
+        )
         closing.callback(progress.close)
 
-        def saved(step: int, seconds: float, **figures: Any) -> None:
+        def on_saved(step: int, seconds: float, **figures: Any) -> None:
             progress.saved(step, seconds, **figures)
             metrics.saved(step, seconds, **figures)
 
-        writer = CheckpointWriter(
-            store,
-            scratch=scratch,
-            keep=config.keep_checkpoints,
-            keep_every=config.keep_every,
-            patience_seconds=config.storage_patience.value,
-            stopping=lambda: stop.requested,
-            on_saved=saved,
-            on_failed=metrics.save_failed,
-            on_waiting=metrics.waiting.set,
-        )
+        writer = checkpoint_writer(config, attempt, on_saved=on_saved)
         writer.last_step = state.step if restored else -1
         closing.callback(writer.close)
         batches = closing.enter_context(
-            contextlib.closing(training_batches(config, dataset, captions, clip, stop, start=state.step, steps=steps))
+            contextlib.closing(training_batches(config, attempt, dataset, captions, clip, start=state.step, steps=steps))
         )
 
         def on_row(row: dict[str, Any]) -> None:
-            count_nonfinite(state, row)
+            take_row(state, row)
             progress.step(row, samples=batch_size)
             metrics.step.set(row["step"])
 
@@ -225,15 +200,21 @@ def run_steps(
 
         def save(*, needed: str = "") -> None:
             lines = history.to_bytes()
-            state.seconds = seconds_before + time.monotonic() - started
+            state.seconds = seconds_before + time.monotonic() - attempt.started
             evaluated = state.evaluated_step == state.step
             writer.save(state, lines, info={"evaluated": evaluated, "metrics": state.after if evaluated else None}, needed=needed)
             clock.saved(stall_seconds=writer.stall_seconds, upload_seconds=writer.upload_seconds)
 
+        def votes() -> list[bool]:
+            due = world.is_first and clock.due(state.step) and not writer.busy
+            return [stop.requested, due, writer.notice_failure()]
+
+        agreement = Agreement(world, votes)
         while True:
             last = state.step == steps
             due = state.step == 0 or last or due_at_step(config.evaluate_every, state.step, steps_per_epoch=steps_per_epoch)
-            scores = evaluate(progress.evaluating) if evaluate and due and state.evaluated_step != state.step else None
+            must_evaluate = evaluate is not None and due and state.evaluated_step != state.step
+            scores = evaluate(progress.evaluating) if evaluate and must_evaluate else None
             best = False
             if scores is not None:
                 best = state.take_metrics(scores)
@@ -241,28 +222,30 @@ def run_steps(
                 progress.evaluated(state.step, scores, best=best)
                 history.restart_clock()
             complete = last and (not evaluate or state.evaluated_step == state.step)
-            stopping = stop.requested and not complete  # read once: a signal that comes later is met at the next step
+            asked_to_stop, save_is_due, failed = agreement.outcome()  # a signal that comes later is met at the next step
+            stopping = not complete and (asked_to_stop or (must_evaluate and scores is None))
             if stopping:
-                log.info("stopping", extra={"step": state.step, "signal": stop.name})
+                log.info("stopping", extra={"step": state.step, "signal": stop.name or "of another rank"})
                 writer.make_way(state.step)
-            failed = writer.notice_failure()
+                failed = world.any(writer.notice_failure()) or failed
             kept = config.keep_every > 0 and state.step % config.keep_every == 0
-            unsaved = state.step != writer.last_step or scores is not None
+            unsaved = failed or state.step != writer.last_step or scores is not None
             must_save = best or last or stopping or kept or failed or state.step == 0
-            if unsaved and (must_save or (clock.due(state.step) and not writer.busy)):
+            if unsaved and (must_save or save_is_due):
                 save(needed="always" if kept or state.step == 0 else "best" if best else "")
                 history.restart_clock()
             if complete or stopping:
                 writer.wait()
                 break
 
+            agreement.vote()
             began = time.monotonic()
             batch = next(batches, None)
             if batch is None:  # a signal came while the next batch was being decoded
                 continue
             data_wait = time.monotonic() - began
             lr = lr_at(state.step, peak=config.lr, warmup=warmup, steps=steps)
-            report = train_step(state, batch, clip=clip, lr=lr, grad_clip=config.grad_clip, autocast=autocast, seed=config.seed)
+            report = train_step(state, batch, towers=towers, lr=lr, settings=settings, world=world)
             history.add(report, data_wait_seconds=data_wait)
             for key, reason in batch.bad:
                 if key not in named:
@@ -274,13 +257,16 @@ def run_steps(
                 raise too_many_bad_samples(state, config)
             if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
                 writer.wait()
-                store.write_history(history.to_bytes())
+                if world.is_first:
+                    store.write_history(history.to_bytes())
                 raise diverged(state, config)
 
-    exported = complete and export_run(
-        store, state, base=base, scratch=scratch, global_batch_size=batch_size, stopping=lambda: stop.requested
-    )
-    return Outcome.COMPLETE if exported else Outcome.STOPPED
+    def finish() -> bool:
+        return export_run(
+            store, state, base=base, scratch=attempt.scratch, global_batch_size=batch_size, stopping=lambda: stop.requested
+        )
+
+    return Outcome.COMPLETE if complete and world.share("exported", finish) else Outcome.STOPPED
 
 
 def too_many_bad_samples(state: TrainState, config: Config) -> DataError:

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "job"
 
 RANKS = [
-    {"__main__", "launch", "cli"},
-    {"train", "start", "inputs", "inspect_run", "result", "demo", "settings"},
+    {"__main__", "launch", "cli", "spawn"},
+    {"train", "attempt", "claim", "start", "inputs", "inspect_run", "result", "demo", "settings"},
     {"evaluate"},
     {"model", "checkpoint"},
     {"data"},
@@ -51,7 +51,7 @@ def test_imports_point_down() -> None:
 
 def test_only_the_top_sees_the_whole_config() -> None:
     users = {module for module, _ in imports() if "Config" in _names_from_config(module)}
-    assert users <= {"job.train", "job.start", "job.inputs", "job.settings"}
+    assert users <= {"job.train", "job.claim", "job.start", "job.inputs", "job.settings"}
 
 
 def _names_from_config(module: str) -> set[str]:

@@ -146,7 +146,7 @@ def test_a_short_reply_looks_whole(proxy: Proxy, s3_server: S3Server, url: str, 
     rule = proxy.add(fault)
     assert fetch(proxy, s3_server, url)[::2] == (200, BODY[:-1000])
     deadline = time.monotonic() + 10
-    while not rule.happened and time.monotonic() < deadline:  # it is counted once the whole reply has left, so perhaps after we had it
+    while not rule.happened and time.monotonic() < deadline:  # counted once all of it has left
         time.sleep(0.01)
     assert rule.happened == 1
 

@@ -15,10 +15,11 @@ from job.checkpoint.state import TrainState
 from job.data.batches import Batch
 from job.data.captions import Captions
 from job.model.build import ClipModel, prepare_towers
-from job.model.loss import batch_scores, clip_logits, clip_loss
+from job.model.loss import LossGradients, contrastive_loss
 from job.model.optimizer import lr_at, make_optimizer, warmup_steps
-from job.model.step import count_nonfinite, train_step
-from job.model.towers import encode_images, encode_texts, lengths_of
+from job.model.step import StepReport, StepSettings, take_row, train_step
+from job.model.towers import encode_images, encode_texts, lengths_of, make_towers
+from job.runtime.world import ALONE
 
 TEXTS = ["a dog", "a much longer caption, with many words in it", "a dog", "cat", "x " * 100]
 TEXT = tiny.CONFIG["text_cfg"]
@@ -76,19 +77,31 @@ def test_image_features_equal_open_clips(tmp_path: Path) -> None:
         assert (ours - clip.module.encode_image(normalised, normalize=True)).abs().max() < 1e-5
 
 
+def loss_of(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, *, ids: torch.Tensor | None = None) -> LossGradients:
+    ids = torch.arange(len(image)) if ids is None else ids
+    return contrastive_loss(image, text, valid_b=torch.ones(len(image), dtype=torch.bool), text_id_b=ids, logit_scale=scale)
+
+
 def test_loss_is_open_clips() -> None:
     torch.manual_seed(0)
     image, text = (torch.nn.functional.normalize(torch.randn(9, 5, dtype=torch.float64), dim=-1) for _ in range(2))
     scale = torch.tensor(14.0, dtype=torch.float64)
-    assert torch.allclose(clip_loss(clip_logits(image, text, scale)), ClipLoss()(image, text, scale), atol=1e-12)
+    assert torch.allclose(loss_of(image, text, scale).figures[0], ClipLoss()(image, text, scale), atol=1e-12)
 
 
 def test_scores_count_equal_captions_as_right() -> None:
-    logits = torch.tensor([[1.0, 5.0, 0.0], [5.0, 1.0, 0.0], [0.0, 0.0, 5.0]])
-    image_to_text, text_to_image, probability = batch_scores(logits, torch.tensor([0, 0, 1]))
+    text = torch.eye(3)
+    image = text[[1, 0, 2]]  # the first two look like each other's captions
+    scale = torch.tensor(5.0)
+    _, image_to_text, text_to_image, probability = loss_of(image, text, scale, ids=torch.tensor([7, 7, 8])).figures
     assert image_to_text == text_to_image == 1.0
-    assert batch_scores(logits, torch.tensor([0, 1, 2]))[0] == pytest.approx(1 / 3)
+    assert loss_of(image, text, scale).figures[1] == pytest.approx(1 / 3)
     assert 0.9 < probability < 1.0
+
+
+def step_of(state: TrainState, batch: Batch, clip: ClipModel, *, lr: float, seed: int = 0) -> StepReport:
+    settings = StepSettings(global_batch_size=len(batch.pixels) + len(batch.bad), grad_clip=1.0, seed=seed)
+    return train_step(state, batch, towers=make_towers(clip, world=ALONE), lr=lr, settings=settings, world=ALONE)
 
 
 def state_of(clip: ClipModel, **changes: Any) -> TrainState:
@@ -113,7 +126,7 @@ def test_steps_follow_open_clips_model_loss_and_adamw(tmp_path: Path) -> None:
     state = state_of(clip)
     for number in range(5):
         batch = batch_of(clip, seed=number)
-        report = train_step(state, batch, clip=clip, lr=1e-3, grad_clip=1.0, autocast=None, seed=0).read()
+        report = step_of(state, batch, clip, lr=1e-3).read()
         adamw.zero_grad()
         texts = [f"thing {index % 5}" for index in range(6)]
         image, text, scale = peer((batch.pixels - clip.shift) * clip.scale, clip.tokenizer(texts))
@@ -131,17 +144,17 @@ def test_steps_follow_open_clips_model_loss_and_adamw(tmp_path: Path) -> None:
 def test_a_gradient_that_is_not_finite_changes_only_the_position(tmp_path: Path) -> None:
     clip = tiny.make_clip(tmp_path)
     state = state_of(clip)
-    train_step(state, batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None, seed=0)
+    step_of(state, batch_of(clip), clip, lr=1e-3)
     before = copy.deepcopy({name: tensor.clone() for file in state.tensors().values() for name, tensor in file.items()})
     hook = clip.module.visual.proj.register_hook(lambda gradient: gradient * float("nan"))
-    row = train_step(state, batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None, seed=0).read()
+    row = step_of(state, batch_of(clip), clip, lr=1e-3).read()
     hook.remove()
-    count_nonfinite(state, row)
+    take_row(state, row)
     assert row["gradient_norm"] is None
     assert (state.step, state.nonfinite_steps, state.nonfinite_in_a_row) == (2, 1, 1)
     for name, tensor in {n: t for file in state.tensors().values() for n, t in file.items()}.items():
         assert torch.equal(tensor, before[name]), name
-    count_nonfinite(state, train_step(state, batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None, seed=0).read())
+    take_row(state, step_of(state, batch_of(clip), clip, lr=1e-3).read())
     assert (state.nonfinite_steps, state.nonfinite_in_a_row) == (1, 0)
 
 
@@ -151,9 +164,9 @@ def test_a_batch_without_negatives_only_moves_the_position(tmp_path: Path, size:
     state = state_of(clip)
     whole = batch_of(clip, 2)
     batch = Batch(whole.pixels[:size], whole.tokens, (("a.jpg", "broken"),) * (2 - size))
-    row = train_step(state, batch, clip=clip, lr=1e-3, grad_clip=1.0, autocast=None, seed=0).read()
+    row = step_of(state, batch, clip, lr=1e-3).read()
     assert row["loss"] is None
-    count_nonfinite(state, row)
+    take_row(state, row)
     assert (state.step, state.bad_samples, state.nonfinite_steps) == (1, 2 - size, 0)
 
 
@@ -161,7 +174,7 @@ def test_logit_scale_never_passes_100(tmp_path: Path) -> None:
     clip = tiny.make_clip(tmp_path)
     with torch.no_grad():
         clip.module.logit_scale.fill_(9.0)
-    row = train_step(state_of(clip), batch_of(clip), clip=clip, lr=1e-3, grad_clip=1.0, autocast=None, seed=0).read()
+    row = step_of(state_of(clip), batch_of(clip), clip, lr=1e-3).read()
     assert row["logit_scale"] == pytest.approx(100)
 
 
@@ -170,7 +183,7 @@ def test_a_locked_tower_keeps_its_weights(tmp_path: Path, lock_image: bool, lock
     clip = tiny.make_clip(tmp_path)
     prepare_towers(clip.module, lock_image=lock_image, lock_text=lock_text, grad_checkpointing=True)
     before = {name: parameter.detach().clone() for name, parameter in clip.module.named_parameters()}
-    train_step(state_of(clip), batch_of(clip), clip=clip, lr=1e-2, grad_clip=1.0, autocast=None, seed=0)
+    step_of(state_of(clip), batch_of(clip), clip, lr=1e-2)
     changed = {name for name, parameter in clip.module.named_parameters() if not torch.equal(parameter, before[name])}
     image_changed = any(name.startswith("visual.") for name in changed)
     text_changed = any(name.startswith(("transformer.", "token_embedding")) for name in changed)
@@ -181,9 +194,7 @@ def test_gradient_checkpointing_changes_no_number(tmp_path: Path) -> None:
     clip = tiny.make_clip(tmp_path)
     other = ClipModel(copy.deepcopy(clip.module), clip.tokenizer, clip.view, clip.shift, clip.scale)
     prepare_towers(other.module, lock_image=False, lock_text=False, grad_checkpointing=True)
-    rows = [
-        train_step(state_of(c), batch_of(c), clip=c, lr=1e-3, grad_clip=1.0, autocast=None, seed=0).read() for c in (clip, other)
-    ]
+    rows = [step_of(state_of(c), batch_of(c), c, lr=1e-3).read() for c in (clip, other)]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-6)
     assert rows[0]["gradient_norm"] == pytest.approx(rows[1]["gradient_norm"], rel=1e-4)
 
@@ -212,11 +223,11 @@ def test_dropout_depends_on_the_step_alone(tmp_path: Path) -> None:
         state = state_of(clip, step=started_at)
         for _ in range(3 - started_at):
             before = copy.deepcopy(clip.module.state_dict())
-            row = train_step(state, batch_of(clip), clip=clip, lr=0.0, grad_clip=1.0, autocast=None, seed=7).read()
+            row = step_of(state, batch_of(clip), clip, lr=0.0, seed=7).read()
         assert all(torch.equal(before[name], tensor) for name, tensor in clip.module.state_dict().items())
         rows.append(row)
     assert rows[0] == rows[1]
-    other = train_step(state_of(clip, step=2), batch_of(clip), clip=clip, lr=0.0, grad_clip=1.0, autocast=None, seed=8).read()
+    other = step_of(state_of(clip, step=2), batch_of(clip), clip, lr=0.0, seed=8).read()
     assert other["loss"] != rows[1]["loss"]
 
 

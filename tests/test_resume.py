@@ -399,7 +399,7 @@ def test_a_checkpoint_of_format_1_is_restored(old_run: Path, tmp_path: Path) -> 
     clip = load_base(old_run / "base", weights=restored.folder / WEIGHTS)
     optimizer = make_optimizer(clip.module, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6)
     state = TrainState(clip.module, optimizer, None)
-    state.restore({name: restored.folder / name for name in (OPTIMIZER, FACTS)})
+    state.restore(restored.folder, restored.commit.files)
     assert {name: state.facts()[name] for name in known["facts"]} == known["facts"]
     sums = {name: sum(tensor.double().sum().item() for tensor in content.values()) for name, content in state.tensors().items()}
     assert sums == pytest.approx(known["sums"], rel=1e-9)

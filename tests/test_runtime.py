@@ -204,7 +204,7 @@ def test_a_saved_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert len({(found.folder / name).stat().st_mode for name in (WEIGHTS, OPTIMIZER, FACTS)}) == 1
     clip = load_base(tmp_path / "base", weights=found.folder / WEIGHTS)
     again = TrainState(clip.module, make_optimizer(clip.module, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6), None)
-    again.restore({name: found.folder / name for name in (OPTIMIZER, FACTS)})
+    again.restore(found.folder, found.commit.files)
     assert again.facts() == state.facts()
     tensors = {name: tensor for file in again.tensors().values() for name, tensor in file.items()}
     assert set(tensors) == set(expected)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from job.checkpoint import outbox, writer
-from job.checkpoint.outbox import Entry, Outbox
+from job.checkpoint.outbox import Outbox
+from job.checkpoint.publish import Entry, Publisher
 from job.checkpoint.state import TrainState, write_files
 from job.checkpoint.store import RunStore
 from job.checkpoint.writer import CheckpointWriter
@@ -42,7 +43,9 @@ class Store:
     def write_history(self, _lines: bytes) -> None:
         pass
 
-    def send(self, step: int, _files: Any, *, check: Callable[[], None], sent: Callable[[int], None]) -> tuple[str, dict[str, Any]]:
+    def send(
+        self, step: int, _files: Any, *, data: str, check: Callable[[], None], sent: Callable[[int], None]
+    ) -> tuple[str, dict[str, Any]]:
         self.tried.append(step)
         if self.arrived:
             sent(self.arrived)
@@ -258,7 +261,7 @@ def test_what_could_not_be_sent_leaves_nothing_on_scratch(store: Store) -> None:
 def test_an_outbox_that_was_given_up_uploads_nothing_more(store: Store, tmp_path: Path) -> None:
     nothing: Callable[..., None] = lambda *_: None  # noqa: E731
     box = Outbox(
-        store,  # type: ignore[arg-type]
+        Publisher(store),  # type: ignore[arg-type]
         keep=2,
         keep_every=0,
         patience_seconds=1,
@@ -271,7 +274,7 @@ def test_an_outbox_that_was_given_up_uploads_nothing_more(store: Store, tmp_path
     store.open.clear()
     folder = tmp_path / "entry"
     folder.mkdir()
-    box.put(Entry(1, folder, {}, b"", {}, -1, "always"))
+    box.put(Entry(1, 1, folder, {}, b"", {}, -1, "always"))
     assert store.entered.wait(10)
     box.close()
     store.open.set()

@@ -5,13 +5,9 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-from job.checkpoint.commit import FileRecord
-from job.checkpoint.store import RunStore
+from job.checkpoint.publish import Entry, GivenUp, Publisher
 from job.errors import AccessError, StorageError
 
 log = logging.getLogger(__name__)
@@ -22,38 +18,6 @@ EXIT_PATIENCE_SECONDS = 20.0
 EXIT_SILENCE_SECONDS = 300.0  # then nothing will arrive any more
 TOLD_EVERY_SECONDS = 60.0
 POLL_SECONDS = 0.2
-
-
-class _GivenUp(Exception):
-    """Ends an upload that is not wanted any more."""
-
-
-@dataclass
-class Entry:
-    """The files of one checkpoint, complete on local disk."""
-
-    step: int
-    folder: Path
-    files: Mapping[str, Path]
-    history: bytes
-    info: dict[str, Any]
-    best_step: int
-    needed: str
-    """best: until there is a better one; always: no other can replace it; empty: any later one does."""
-    began: float = field(default_factory=time.monotonic)
-    stall_seconds: float = 0.0
-    size: int = 0
-    """Bytes of all files."""
-    sent: int = 0
-    """Bytes that have arrived in this try."""
-    data: str = ""
-    stored: dict[str, FileRecord] | None = None
-    """What `RunStore.send` returned: then only the commit is missing, and the same one may be tried again."""
-    given_up: bool = False
-
-    @property
-    def is_nearly_there(self) -> bool:
-        return self.stored is not None or 2 * self.sent >= self.size
 
 
 class Outbox:
@@ -74,7 +38,7 @@ class Outbox:
 
     def __init__(
         self,
-        store: RunStore,
+        publisher: Publisher,
         *,
         keep: int,
         keep_every: int,
@@ -85,7 +49,7 @@ class Outbox:
         on_failed: Callable[[], None],
         on_waiting: Callable[[int], None],
     ) -> None:
-        self._store = store
+        self._publisher = publisher
         self._keep = keep
         self._keep_every = keep_every
         self._patience_seconds = patience_seconds
@@ -102,8 +66,6 @@ class Outbox:
         self._moved_at = 0.0
         """When bytes last arrived."""
         self._told_at = -TOLD_EVERY_SECONDS
-        self._history_step = -1
-        """Of the history that was written last."""
         self._reason = ""
         self._failure: BaseException | None = None
         self._ended = False
@@ -174,10 +136,12 @@ class Outbox:
         if self._thread is not None:
             self._thread.join(POLL_SECONDS)
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: Entry, *, durable: bool = False) -> None:
         """The thread that is sending it notices at the next block. Call it with the lock held."""
         entry.given_up = True
         self._entries.remove(entry)
+        if not durable:
+            self._publisher.give_up(entry.number)
         shutil.rmtree(entry.folder, ignore_errors=True)
 
     def _run(self) -> None:
@@ -186,6 +150,10 @@ class Outbox:
             try:
                 self._send(entry)
                 pause = FIRST_PAUSE_SECONDS
+            except GivenUp:
+                with self._changed:
+                    if entry in self._entries:
+                        self._drop(entry)
             except BaseException as error:  # noqa: BLE001  raised by the training thread
                 if entry.given_up:
                     continue
@@ -205,16 +173,17 @@ class Outbox:
             while not self._entries and not self._ended:
                 self._changed.wait()
             # The newest first when time may be short: older ones of an outage matter less than what the signal asked to save.
-            self._sending = None if self._ended else self._entries[-1 if self._stopping() else 0]
+            newest = self._stopping() and not self._publisher.in_order
+            self._sending = None if self._ended else self._entries[-1 if newest else 0]
             return self._sending
 
     def _send(self, entry: Entry) -> None:
-        """Raises: _GivenUp; what storage raises; Superseded."""
+        """Raises: see Publisher.publish."""
         began, entry.sent = time.monotonic(), 0
 
         def check() -> None:
             if entry.given_up:
-                raise _GivenUp
+                raise GivenUp
 
         def sent(size: int) -> None:
             entry.sent += size
@@ -222,12 +191,7 @@ class Outbox:
                 self._moved_at = time.monotonic()
 
         check()
-        if entry.step >= self._history_step:  # it holds all rows of the older ones
-            self._store.write_history(entry.history)
-            self._history_step = entry.step
-        if entry.stored is None:
-            entry.data, entry.stored = self._store.send(entry.step, entry.files, check=check, sent=sent)
-        self._store.commit(entry.step, data=entry.data, stored=entry.stored, info=entry.info)
+        self._publisher.publish(entry, check=check, sent=sent)
         if self._failing_since:
             log.info("storage works again", extra={"step": entry.step})
             self._failing_since = 0.0
@@ -235,7 +199,7 @@ class Outbox:
         with self._changed:
             self._sending = None
             if entry in self._entries:  # else it was given up too late, and is durable all the same
-                self._drop(entry)
+                self._drop(entry, durable=True)
             self._changed.notify_all()
         self._tell()
         if not self._stopping():  # the next attempt will: nothing must stand between a durable state and the exit
@@ -295,6 +259,6 @@ class Outbox:
 
     def _prune(self, best_step: int) -> None:
         try:
-            self._store.prune(keep=self._keep, keep_every=self._keep_every, best_step=best_step)
+            self._publisher.prune(keep=self._keep, keep_every=self._keep_every, best_step=best_step)
         except (StorageError, AccessError) as error:
             log.warning("old checkpoints were not removed", extra={"reason": str(error)})  # no reason to end a job

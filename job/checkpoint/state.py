@@ -1,6 +1,7 @@
 """What survives a restart, in one place."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,27 @@ class TrainState:
         self.best_step, self.best_score, self.best = self.step, score, metrics
         return True
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """File name -> tensors, on the device, not copied. Optimiser tensors are named `exp_avg:visual.proj` and the like."""
+    def tensors(self, *, rank: int = 0, ranks: int = 1) -> dict[str, dict[str, Tensor]]:
+        """File name -> tensors, on the device, not copied. Optimiser tensors are named `exp_avg:visual.proj` and the like.
+
+        All ranks hold the same; each saves a part of equal size, rank 0 the weights with it.
+        """
         optimizer = {
             f"{kind}:{name}": value
             for name, parameter in self.model.named_parameters()
             for kind, value in self.optimizer.state.get(parameter, {}).items()
         }
-        return {WEIGHTS: dict(self.model.state_dict()), OPTIMIZER: optimizer}
+        weights = dict(self.model.state_dict())
+        if ranks == 1:
+            return {WEIGHTS: weights, OPTIMIZER: optimizer}
+        loads = [sum(tensor.nbytes for tensor in weights.values()), *[0] * (ranks - 1)]
+        mine = {}
+        for name, tensor in sorted(optimizer.items(), key=lambda item: (-item[1].nbytes, item[0])):
+            lightest = loads.index(min(loads))
+            loads[lightest] += tensor.nbytes
+            if lightest == rank:
+                mine[name] = tensor
+        return ({} if rank else {WEIGHTS: weights}) | {f"optimizer-{rank:05}-of-{ranks:05}.safetensors": mine}
 
     def facts(self) -> dict[str, Any]:
         """Everything but tensors, as JSON values."""
@@ -85,9 +99,12 @@ class TrainState:
         facts["scaler"] = self.scaler.state_dict() if self.scaler else None
         return {"format": FORMAT, **facts}
 
-    def restore(self, files: dict[str, Path]) -> None:
-        """Takes over a checkpoint's optimiser and facts; the model has its weights already (`load_base(weights=…)`)."""
-        facts = json.loads(files[FACTS].read_text(encoding="utf-8"))
+    def restore(self, folder: Path, names: Iterable[str]) -> None:
+        """Takes over a checkpoint's optimiser and facts; the model has its weights already (`load_base(weights=…)`).
+
+        Args: names: of all files of the checkpoint, by however many ranks.
+        """
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         scaler, best_score = facts.pop("scaler"), facts.pop("best_score")
         facts.pop("format")
         for name, value in facts.items():
@@ -96,19 +113,25 @@ class TrainState:
         if self.scaler and scaler:
             self.scaler.load_state_dict(scaler)
         parameters = dict(self.model.named_parameters())
-        for name, value in load_file(files[OPTIMIZER]).items():
-            kind, _, parameter_name = name.partition(":")
-            parameter = parameters[parameter_name]
-            # A copy: load_file maps the file, and the checkpoint will be removed while training goes on.
-            self.optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)
+        for file in sorted(name for name in names if name.startswith("optimizer") and name.endswith(".safetensors")):
+            for name, value in load_file(folder / file).items():
+                kind, _, parameter_name = name.partition(":")
+                parameter = parameters[parameter_name]
+                # A copy: load_file maps the file, and the checkpoint will be removed while training goes on.
+                self.optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)
 
 
 def write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> dict[str, Path]:
-    """Writes the files of a checkpoint from tensors in host memory. Returns: file name -> path."""
+    """Writes the files of a checkpoint from tensors in host memory. Returns: file name -> path.
+
+    Args: facts: of rank 0; of the others empty, and not written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in tensors.items():
         save_file(content, folder / name, metadata={"format": "pt"})  # one entry: safetensors writes several in any order
+        # safetensors makes its files private; another user id may have to resume this run.
+        (folder / name).chmod(folder.stat().st_mode & 0o666)
+    if not facts:
+        return {name: folder / name for name in tensors}
     (folder / FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    for name in tensors:  # safetensors makes its files private; another user id may have to resume this run
-        (folder / name).chmod((folder / FACTS).stat().st_mode)
     return {name: folder / name for name in (*tensors, FACTS)}

@@ -134,19 +134,22 @@ class RunStore:
         step: int,
         sources: Mapping[str, Path],
         *,
+        data: str = "",
         check: Callable[[], None] = lambda: None,
         sent: Callable[[int], None] = lambda _bytes: None,
     ) -> tuple[str, dict[str, FileRecord]]:
         """Puts the files of a checkpoint into the run, where they count for nothing yet; of a failure nothing is left.
 
-        Args: sources: name -> local file. They are used up: moved, where the run is on the same disk. Others: see files.upload.
+        Args: sources: name -> local file. They are used up: moved, where the run is on the same disk.
+            data: their folder in data/, if other ranks put theirs there too; empty: a new one. Others: see files.upload.
         Returns: their folder in data/, and name -> record. Raises: Superseded.
         """
-        data = self.new_data(step)
+        place = data or self.new_data(step)
         try:
-            return data, send(self._at("data", data), sources, move=True, check=check, sent=sent)
+            return place, send(self._at("data", place), sources, move=True, check=check, sent=sent)
         except Exception as error:
-            self._discard(data)
+            if not data:
+                self._discard(place)
             if isinstance(error, JobError):
                 self.check_not_superseded()  # a newer attempt collects our files under our hands: then that is the news
             raise
@@ -168,10 +171,8 @@ class RunStore:
         for commit in self.commits():
             if commit.step == step:
                 with contextlib.suppress(Rejection):
-                    return (
-                        receive(self._at("data", commit.data), {name: commit.files[name]}, folder / commit.data, check=self.check)
-                        / name
-                    )
+                    record = {name: commit.files[name]}
+                    return receive(self._at("data", commit.data), record, folder / commit.data, check=self.check) / name
         raise ResumeError(f"{name} of step {step} in {files.shown(self.uri)} is missing or damaged, and no other commit has it.")
 
     def new_data(self, step: int) -> str:
@@ -194,16 +195,16 @@ class RunStore:
                 self._discard(data)  # the newer attempt has perhaps collected leftovers for the last time
             raise
 
-    def restore(self, folder: Path) -> Restored | None:
+    def restore(self, folder: Path, *, only: str = "") -> Restored | None:
         """The newest checkpoint of which every file has the right size and hash; None when there is no commit.
 
-        Args: folder: local, for the files of a remote run.
+        Args: folder: local, for the files of a remote run. only: the name of the one commit to look at; empty: all.
         Raises:
             ResumeError: there are commits, and none can be used.
             StorageError: a read failed; that says nothing about the checkpoint, so no older one is taken instead.
         """
         rejected: dict[str, str] = {}
-        for _, _, name in commit_entries(self.uri):
+        for name in [name for _, _, name in commit_entries(self.uri) if only in ("", name)]:
             try:
                 commit = read_commit(self._at("commits", name))
                 if self.config_hash and commit.config_hash != self.config_hash:

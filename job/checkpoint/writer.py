@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from job.checkpoint.outbox import Entry, Outbox
-from job.checkpoint.state import WEIGHTS, TrainState, write_files
+from job.checkpoint.outbox import Outbox
+from job.checkpoint.publish import Entry, Publisher, Team
+from job.checkpoint.state import TrainState, write_files
 from job.checkpoint.store import RunStore
 from job.errors import AccessError, JobError, StorageError
 from job.storage.files import explained
@@ -32,6 +33,7 @@ class CheckpointWriter:
             a checkpoint is durable.
         on_failed: called on another thread after each try to send one that failed.
         on_waiting: called on any thread with the number of checkpoints that wait because storage fails.
+        rank, ranks, team: of several ranks that save together. All must call `save` for the same steps.
     """
 
     def __init__(
@@ -46,12 +48,18 @@ class CheckpointWriter:
         on_saved: Callable[..., None] = lambda *_args, **_figures: None,
         on_failed: Callable[[], None] = lambda: None,
         on_waiting: Callable[[int], None] = lambda _waiting: None,
+        rank: int = 0,
+        ranks: int = 1,
+        team: Team | None = None,
     ) -> None:
         self._store = store
+        self._rank, self._ranks = rank, ranks
+        self._saves = 0
+        self._publisher = Publisher(store, team=team, is_first=rank == 0)
         self._scratch = scratch
         self._on_saved = on_saved
         self._outbox = Outbox(
-            store,
+            self._publisher,
             keep=keep,
             keep_every=keep_every,
             patience_seconds=patience_seconds,
@@ -89,12 +97,14 @@ class CheckpointWriter:
         began = time.monotonic()
         self._join()
         self.notice_failure()
-        tensors = self._copy_to_host(state.tensors())
-        copied = torch.cuda.Event() if any(tensor.is_pinned() for tensor in tensors[WEIGHTS].values()) else None
+        tensors = self._copy_to_host(state.tensors(rank=self._rank, ranks=self._ranks))
+        pinned = any(tensor.is_pinned() for content in tensors.values() for tensor in content.values())
+        copied = torch.cuda.Event() if pinned else None
         if copied:
             copied.record()  # on the current stream of the job's device, where the copies and the next step queue up
-        facts = state.facts()
-        entry = Entry(state.step, Path(), {}, history, info, state.best_step, needed, began)
+        facts = {} if self._rank else state.facts()
+        self._saves += 1
+        entry = Entry(state.step, self._saves, Path(), {}, history, info, state.best_step, needed, began)
         self._abandon.clear()
         self.last_step = state.step
         self.stall_seconds = entry.stall_seconds = time.monotonic() - began
@@ -183,6 +193,7 @@ class CheckpointWriter:
             self._failed(StorageError(str(error)) if isinstance(error, AccessError) else error)
         finally:
             if folder is not None:
+                self._publisher.give_up(entry.number)
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _failed(self, error: BaseException) -> None:

@@ -1,5 +1,6 @@
 """Row -> caption -> tokens. Each text is tokenised at most once; padding that the tower need not see is cut off."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class TokenGroups:
     """Each int64 (u, L); the u of all groups add up to U."""
     text_of: Tensor
     """int64 (B,): the text, counted through all groups, that each caption asked for is."""
+    text_id: Tensor
+    """int64 (B,): the same number for the same caption, in every batch and process."""
 
 
 class Captions:
@@ -107,7 +110,9 @@ class Captions:
             groups.append(torch.from_numpy(padded))
             start += count
         place = {distinct[index]: at for at, index in enumerate(order)}
-        return TokenGroups(tuple(groups), torch.tensor([place[caption] for caption in captions], dtype=torch.int64))
+        ids = {caption: _text_id(caption) for caption in distinct}
+        text_of, text_id = ([names[caption] for caption in captions] for names in (place, ids))
+        return TokenGroups(tuple(groups), torch.tensor(text_of, dtype=torch.int64), torch.tensor(text_id, dtype=torch.int64))
 
     def tokenise_until(self, enough: Callable[[], bool]) -> None:
         """Tokenises captions ahead of their first use, in the order of the rows, while there is nothing better to do."""
@@ -128,6 +133,11 @@ class Captions:
             if len(self._cache) + len(found) <= CACHED_TEXTS:
                 self._cache.update(found)
         return [found[text] if text in found else self._cache[text] for text in texts]
+
+
+def _text_id(caption: str) -> int:
+    digest = hashlib.blake2b(caption.encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def split_tags(text: str, separator: str) -> list[str]:

@@ -1,34 +1,120 @@
-"""The contrastive loss and what a person wants to know of a batch."""
+"""Contrastive losses over the global batch with their gradients, and what a person wants to know of a batch.
+
+Every rank works on its own rows only, in chunks, so memory grows with its share of the batch and never with the square of the
+whole:
+
+1. Features of all ranks are gathered, once.
+2. Own images against all texts and own texts against all images: similarities, and what each row needs for its softmax.
+3. Those numbers, two per pair, are gathered as well.
+4. The similarities are computed once more; with the numbers of both sides each rank has the whole gradient of its own features.
+
+The towers then go backwards from that gradient, so gathering needs no gradient of its own.
+"""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from job.runtime.world import ALONE, World
 
-def clip_logits(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor) -> Tensor:
-    """(B, B) scaled similarities in float32, images down, texts across. logit_scale: scalar > 0, not its logarithm."""
-    return logit_scale * image_BD @ text_BD.T
+CHUNK_ELEMENTS = 1 << 24
+"""Similarities in memory at a time: 64 MB in float32."""
 
 
-def clip_loss(logits_BB: Tensor) -> Tensor:
-    """Mean of the two cross-entropies over the B x B similarities. Source: CLIP, arXiv:2103.00020, Fig. 3.
+@dataclass(frozen=True)
+class LossGradients:
+    """The loss of a global batch, and its gradient with respect to what this rank has computed."""
 
-    Not additive over micro-batches: every pair's negatives are the whole global batch. Equal captions need no special care:
-    they have equal features, so the gradient is that of uniform targets over them.
+    image: Tensor
+    text: Tensor
+    """(b, D) both."""
+    logit_scale: Tensor
+    """This rank's part, a scalar; the parts of all ranks add up. So do those of logit_bias."""
+    logit_bias: Tensor
+    figures: Tensor
+    """(4,) this rank's parts of: the loss, the accuracies image to text and text to image, the probability of the right
+    caption, each a mean over the global batch."""
+    pairs: Tensor
+    """Valid pairs of the global batch, a scalar."""
+
+
+def contrastive_loss(
+    image_bD: Tensor,
+    text_bD: Tensor,
+    *,
+    valid_b: Tensor,
+    text_id_b: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None = None,
+    loss: str = "clip",
+    world: World = ALONE,
+) -> LossGradients:
+    """The loss over the pairs of all ranks, and its gradient. All ranks must call it, with equally many rows.
+
+    clip: the mean of the two cross-entropies over the similarities (CLIP, arXiv:2103.00020, Fig. 3). siglip: the sum over all
+    similarities of the logistic loss of right or wrong, over the number of pairs (SigLIP, arXiv:2303.15343, Algorithm 1). Neither
+    is additive over micro-batches: every pair's negatives are the whole global batch. Equal captions need no special care in
+    clip: they have equal features, so the gradient is that of uniform targets over them.
+
+    Args:
+        image_bD, text_bD: unit length, row i of each is one pair.
+        valid_b: bool; rows that are not valid are as if they were not there. Fewer than two valid pairs in all: nothing to learn
+            from, and the loss and its gradients are not a number.
+        text_id_b: int64, equal for equal captions; right answers are counted by them.
+        logit_scale: scalar > 0, not its logarithm. logit_bias: added to every similarity.
     """
-    labels = torch.arange(len(logits_BB), device=logits_BB.device)
-    return (F.cross_entropy(logits_BB, labels) + F.cross_entropy(logits_BB.T, labels)) / 2
+    rows, own = len(image_bD), world.rank * len(image_bD)
+    image_ND, text_ND = world.gather(torch.cat([image_bD, text_bD], dim=1)).chunk(2, dim=1)
+    valid_N, text_id_N = world.gather(torch.stack([valid_b.long(), text_id_b], dim=1)).unbind(dim=1)
+    valid_N = valid_N.bool()
+    pairs = valid_N.sum()
+    share = valid_b.to(image_bD.dtype) / torch.where(pairs > 1, pairs, torch.nan)  # of each own row in a mean over the batch
+    step = max(1, CHUNK_ELEMENTS // len(image_ND))
+    chunks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
+    def similarities(own_bD: Tensor, other_ND: Tensor, chunk: slice) -> Tensor:
+        logits = logit_scale * own_bD[chunk] @ other_ND.T
+        return (logits if logit_bias is None else logits + logit_bias).masked_fill_(~valid_N, -torch.inf)
 
-def batch_scores(logits_BB: Tensor, text_of_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How well the batch was matched: (image-to-text accuracy, text-to-image accuracy, probability of the right caption).
+    def diagonal(logits: Tensor, chunk: slice) -> Tensor:
+        return logits.diagonal(own + chunk.start)
 
-    Args: text_of_B: which distinct text each caption is; equal captions count as right for each other's images.
-    Returns: three float32 scalars.
-    """
-    with torch.no_grad():
-        same_BB = text_of_B[:, None] == text_of_B[None, :]
-        image_to_text = same_BB.gather(1, logits_BB.argmax(dim=1, keepdim=True)).float().mean()
-        text_to_image = same_BB.gather(0, logits_BB.argmax(dim=0, keepdim=True)).float().mean()
-        probability = (logits_BB.softmax(dim=1) * same_BB).sum(dim=1).mean()
-    return image_to_text, text_to_image, probability
+    figures = image_bD.new_zeros(4)
+    normaliser_b2 = image_bD.new_empty(rows, 2)
+    for chunk in chunks:
+        weight, right = share[chunk], text_id_b[chunk, None] == text_id_N
+        for side, (mine, others) in enumerate(((image_bD, text_ND), (text_bD, image_ND))):
+            logits = similarities(mine, others, chunk)
+            normaliser_b2[chunk, side] = logits.logsumexp(dim=1)
+            hit = right.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0]
+            figures[1 + side] += (weight * hit).sum()
+            matched = diagonal(logits, chunk).masked_fill(~valid_b[chunk], 0.0)
+            if loss == "clip":
+                figures[0] += (weight * (normaliser_b2[chunk, side] - matched)).sum() / 2
+            elif side == 0:
+                figures[0] += (weight * (F.softplus(logits).sum(dim=1) - matched)).sum()
+            if side == 0:
+                probability = ((logits - normaliser_b2[chunk, :1]).exp_() * right).sum(dim=1)
+                figures[3] += (weight * probability).sum()
+
+    gradients = torch.empty_like(image_bD), torch.empty_like(text_bD)
+    bias_gradient = image_bD.new_zeros(())
+    normaliser_N2 = world.gather(normaliser_b2) if loss == "clip" else normaliser_b2
+    for chunk in chunks:
+        for side, (mine, others) in enumerate(((image_bD, text_ND), (text_bD, image_ND))):
+            logits = similarities(mine, others, chunk)
+            if loss == "clip":
+                of_rows = (logits - normaliser_b2[chunk, side, None]).exp()
+                of_columns = logits.sub_(normaliser_N2[:, 1 - side]).exp_()
+                slope = of_rows.add_(of_columns).div_(2)
+            else:
+                slope = logits.sigmoid_()
+            diagonal(slope, chunk).sub_(1)
+            slope.mul_(share[chunk, None])
+            gradients[side][chunk] = logit_scale * (slope @ others)
+            if side == 0 and loss == "siglip":  # a softmax does not feel it
+                bias_gradient += slope.sum()
+    scale_gradient = (image_bD * gradients[0]).sum() / logit_scale
+    return LossGradients(*gradients, scale_gradient, bias_gradient, figures, pairs)

@@ -1,18 +1,19 @@
-"""One step: batch -> loss -> gradient -> update. The only place where the position of a run moves."""
+"""One step: batch -> features -> loss and its gradient -> update. The only place where the position of a run moves."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from job.checkpoint.state import TrainState
 from job.data.batches import Batch
 from job.data.order import derived_key
-from job.model.build import ClipModel
-from job.model.loss import batch_scores, clip_logits, clip_loss
-from job.model.towers import encode_images, encode_texts
+from job.model.loss import LossGradients, contrastive_loss
+from job.runtime.world import World
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
 MODEL_STREAM = 3
@@ -24,6 +25,23 @@ _FIELDS = (
     "gradient_norm",
     "logit_scale",
 )
+_COUNTS = ("pairs", "bad_samples")
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What is the same in every step of a run."""
+
+    global_batch_size: int
+    grad_clip: float
+    """0: none."""
+    seed: int
+    """Of what is random inside the model (dropout), which depends on it, the step and the rank alone."""
+    autocast: torch.dtype | None = None
+    """dtype of the towers' arithmetic; None: float32."""
+    loss: str = "clip"
+    micro_batch: int = 0
+    """Pairs that go through the towers at a time; 0: all of this rank's."""
 
 
 @dataclass(frozen=True)
@@ -33,64 +51,158 @@ class StepReport:
     step: int
     """The number of this step, from 1."""
     lr: float
-    pairs: int
-    values: Tensor | None
-    """(6,) float32 in the order of _FIELDS; None: too few images were left to learn from."""
+    values: Tensor
+    """float32, in the order of _FIELDS and _COUNTS."""
 
     def read(self) -> dict[str, Any]:
         """The row of the history; a number that is not finite becomes None. Waits for the device."""
-        numbers = self.values.tolist() if self.values is not None else [math.nan] * len(_FIELDS)
-        row: dict[str, Any] = {"step": self.step, "lr": self.lr, "pairs": self.pairs}
-        return row | {name: number if math.isfinite(number) else None for name, number in zip(_FIELDS, numbers, strict=True)}
+        numbers = dict(zip(_FIELDS + _COUNTS, self.values.tolist(), strict=True))
+        row: dict[str, Any] = {"step": self.step, "lr": self.lr, **{name: round(numbers[name]) for name in _COUNTS}}
+        return row | {name: numbers[name] if math.isfinite(numbers[name]) else None for name in _FIELDS}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Images and texts that go through the towers together."""
+
+    images: slice
+    texts: slice
+    groups: list[Tensor]
+    """The tokens of texts, in groups of similar length."""
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, clip: ClipModel, lr: float, grad_clip: float, autocast: torch.dtype | None, seed: int
+    state: TrainState, batch: Batch, *, towers: nn.Module, lr: float, settings: StepSettings, world: World
 ) -> StepReport:
-    """Consumes one global batch and moves the position by one.
+    """Consumes one global batch, of which `batch` is this rank's share, and moves the position by one. All ranks must call it.
 
-    A gradient that is not finite changes nothing but the position; the report shows it.
+    A gradient that is not finite changes nothing but the position; the report shows it. The same goes for a global batch with
+    fewer than two pairs, which has nothing to learn from.
 
-    Args:
-        autocast: dtype of the towers' arithmetic; None: float32.
-        seed: of what is random inside the model (dropout), which depends on it and on the step alone.
+    Args: towers: from make_towers.
     """
-    torch.manual_seed(derived_key(seed, MODEL_STREAM, state.step))
     state.step += 1
-    state.bad_samples += len(batch.bad)
-    pairs = len(batch.pixels)
-    if pairs < 2:  # a single pair has no negatives: nothing to learn from
-        return StepReport(state.step, lr, pairs, None)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    device = clip.shift.device
-    pixels = batch.pixels.to(device, non_blocking=batch.pixels.is_pinned())
-    groups = [tokens.to(device) for tokens in batch.tokens.groups]
-    text_of = batch.tokens.text_of.to(device)
     model: Any = state.model
-    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        image_BD = encode_images(model, pixels, shift=clip.shift, scale=clip.scale)
-        text_UD = encode_texts(model, groups)
-    logits_BB = clip_logits(image_BD, text_UD[text_of], model.logit_scale.exp())
-    loss = clip_loss(logits_BB)
-    gradient_norm = _update(state, loss, grad_clip)
-    scores = batch_scores(logits_BB.detach(), text_of)  # after the backward pass has given its memory back
+    device = model.logit_scale.device
+    pixels, groups, text_of, valid, text_id = _on_device(batch, rows=world.largest_part(settings.global_batch_size), device=device)
+    parts = _parts(len(pixels), groups, at_most=settings.micro_batch)
+
+    def forward(part: _Part) -> tuple[Tensor, ...]:
+        torch.manual_seed(derived_key(settings.seed, MODEL_STREAM, state.step - 1, world.rank, part.images.start))
+        with torch.autocast(device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
+            outputs: tuple[Tensor, ...] = towers(pixels[part.images], part.groups)
+            return outputs
+
+    if len(parts) == 1:
+        outputs = forward(parts[0])
+        image_bD, text_UD = outputs[0].detach(), outputs[1].detach()
+    else:
+        outputs = ()
+        with torch.no_grad():
+            cached = [forward(part) for part in parts]
+        image_bD, text_UD = (torch.cat([features[tower] for features in cached]) for tower in (0, 1))
+    bias = getattr(model, "logit_bias", None)
+    gradients = contrastive_loss(
+        _padded(image_bD, len(valid)),
+        _padded(text_UD[text_of], len(valid)),
+        valid_b=valid,
+        text_id_b=text_id,
+        logit_scale=model.logit_scale.detach().exp().reshape(()),
+        logit_bias=None if bias is None else bias.detach().reshape(()),
+        loss=settings.loss,
+        world=world,
+    )
+    state.optimizer.zero_grad(set_to_none=True)
+    text_gradient_UD = _summed(gradients.text[: len(text_of)], text_of, len(text_UD))
+    for part in parts:
+        last = part is parts[-1]
+        unsynchronised = towers.no_sync() if isinstance(towers, DistributedDataParallel) and not last else contextlib.nullcontext()
+        with unsynchronised:
+            outputs = outputs or forward(part)
+            slopes = [gradients.image[: len(pixels)][part.images], text_gradient_UD[part.texts]]
+            if last:  # once: the gradients of these two are those of the whole batch
+                slopes += [gradients.logit_scale, gradients.logit_bias]
+            _backward(outputs, slopes, scaler=state.scaler, world=world)
+            outputs = ()
+    norm = _update(state, settings.grad_clip)
     with torch.no_grad():
         model.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)
-        values = torch.stack([loss.detach(), *scores, gradient_norm, model.logit_scale.exp().reshape(())])
-    return StepReport(state.step, lr, pairs, values)
+        return StepReport(state.step, lr, _figures(gradients, norm, model, bad=len(batch.bad), world=world))
 
 
-def _update(state: TrainState, loss: Tensor, grad_clip: float) -> Tensor:
+def _on_device(batch: Batch, *, rows: int, device: torch.device) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    """(pixels, token groups, text_of, valid, text_id). valid and text_id are (rows,), as many on each rank.
+
+    A rank without a single good image computes a blank one, so that it takes part in every transfer.
+    """
+    good = len(batch.pixels)
+    pixels, groups, text_of = batch.pixels, batch.tokens.groups, batch.tokens.text_of
+    if not good:
+        pixels, text_of = pixels.new_zeros(1, *pixels.shape[1:]), torch.zeros(1, dtype=torch.int64)
+        groups = (torch.ones(1, 1, dtype=torch.int64),)
+    valid = torch.arange(rows) < good
+    return (
+        pixels.to(device, non_blocking=pixels.is_pinned()),
+        [tokens.to(device) for tokens in groups],
+        text_of.to(device),
+        valid.to(device),
+        _padded(batch.tokens.text_id, rows).to(device),
+    )
+
+
+def _parts(images: int, groups: list[Tensor], *, at_most: int) -> list[_Part]:
+    """Divides images, and texts in as many parts; of few texts the last part has some, for it completes the gradients."""
+    count = max(1, -(-images // at_most)) if at_most else 1
+    texts = sum(len(tokens) for tokens in groups)
+    return [
+        _Part(
+            slice(at * images // count, (at + 1) * images // count),
+            slice(at * texts // count, (at + 1) * texts // count),
+            _cut(groups, at * texts // count, (at + 1) * texts // count),
+        )
+        for at in range(count)
+    ]
+
+
+def _cut(groups: list[Tensor], start: int, stop: int) -> list[Tensor]:
+    """The texts start … stop-1, counted through all groups."""
+    found, before = [], 0
+    for tokens in groups:
+        own = tokens[max(0, start - before) : max(0, stop - before)]
+        if len(own):
+            found.append(own)
+        before += len(tokens)
+    return found
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """Zeros after the rows, up to count of them."""
+    return rows if len(rows) == count else torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])[:count]
+
+
+def _summed(gradient_bD: Tensor, text_of_b: Tensor, texts: int) -> Tensor:
+    """(U, D): the gradient of each distinct text, from those of the captions that it is."""
+    summed = gradient_bD.new_zeros(texts, gradient_bD.shape[1])
+    if summed.is_cuda:  # here index_add_ adds in any order, and index_put_ sorts first; on a CPU it is the other way round
+        return summed.index_put_((text_of_b,), gradient_bD, accumulate=True)
+    return summed.index_add_(0, text_of_b, gradient_bD)
+
+
+def _backward(outputs: tuple[Tensor, ...], slopes: list[Tensor], *, scaler: Any, world: World) -> None:
+    """Adds to the gradients of all weights. Args: slopes: gradient of the loss with respect to each output, as far as given."""
+    pairs = [(output, slope * world.size) for output, slope in zip(outputs, slopes, strict=False) if output.requires_grad]
+    factors = [scaler.scale(slope) if scaler else slope for _, slope in pairs]
+    torch.autograd.backward([output for output, _ in pairs], factors)
+
+
+def _update(state: TrainState, grad_clip: float) -> Tensor:
     """One update of the weights, skipped on the device if the gradient is not finite. Returns: the norm before clipping."""
     optimizer: Any = state.optimizer
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    optimizer.zero_grad(set_to_none=True)
     if state.scaler:
-        state.scaler.scale(loss).backward()
         state.scaler.unscale_(optimizer)
-    else:
-        loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
     if state.scaler:
         state.scaler.step(optimizer)
@@ -102,8 +214,16 @@ def _update(state: TrainState, loss: Tensor, grad_clip: float) -> Tensor:
     return norm
 
 
-def count_nonfinite(state: TrainState, row: dict[str, Any]) -> None:
-    """Keeps count of steps whose loss or gradient was not finite, from a row that was read."""
+def _figures(gradients: LossGradients, norm: Tensor, model: Any, *, bad: int, world: World) -> Tensor:
+    own = torch.cat([gradients.figures.float(), gradients.figures.new_tensor([bad], dtype=torch.float32)])
+    *scores, bad_samples = world.total(own).unbind()
+    scale = model.logit_scale.exp().reshape(())
+    return torch.stack([*scores, norm.float(), scale.float(), gradients.pairs.float(), bad_samples])
+
+
+def take_row(state: TrainState, row: dict[str, Any]) -> None:
+    """Counts what went wrong in a step, from its row once that was read."""
+    state.bad_samples += row["bad_samples"]
     if row["pairs"] >= 2 and (row["loss"] is None or row["gradient_norm"] is None):
         state.nonfinite_steps += 1
         state.nonfinite_in_a_row += 1

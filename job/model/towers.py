@@ -1,5 +1,6 @@
 """Pixels and tokens -> unit features. Text is computed on real tokens only, exactly as open_clip's `encode_text` to rounding."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,49 @@ import torch.nn.functional as F
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from job.model.build import ClipModel
+from job.runtime.world import World
+
+_DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+
+
+class Towers(nn.Module):
+    """Both towers in one forward pass, which is what DDP needs to see to know when a gradient is complete."""
+
+    def __init__(self, clip: ClipModel) -> None:
+        super().__init__()
+        self.model: Any = clip.module
+        self._shift, self._scale = clip.shift, clip.scale
+
+    def forward(self, pixels_BCHW: Tensor, groups: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Image features (B, D), text features (U, D), logit_scale's exponential, and logit_bias where the model has one.
+
+        Args: pixels_BCHW, groups: see encode_images and encode_texts.
+        """
+        image_BD = encode_images(self.model, pixels_BCHW, shift=self._shift, scale=self._scale)
+        text_UD = encode_texts(self.model, groups) if groups else image_BD.new_zeros(0, image_BD.shape[1])
+        bias = getattr(self.model, "logit_bias", None)
+        biases = () if bias is None else (bias.reshape(()),)
+        return image_BD, text_UD, self.model.logit_scale.exp().reshape(()), *biases
+
+
+def make_towers(clip: ClipModel, *, world: World) -> nn.Module:
+    """The towers; with several ranks their gradients become the sum over all, while the backward pass is still at work.
+
+    DDP takes the mean: what goes backwards has to be multiplied by the number of ranks.
+    """
+    towers = Towers(clip)
+    if world.size == 1:
+        return towers
+    sync_buffers = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _DDP_OPTIONS)  # renamed in 2.15
+    return DistributedDataParallel(
+        towers,
+        **{sync_buffers: False},
+        gradient_as_bucket_view=True,
+        find_unused_parameters=type(clip.module) not in (CLIP, CustomTextCLIP),  # CoCa's decoder, for one, learns nothing here
+    )
 
 
 def encode_images(model: Any, pixels_BCHW: Tensor, *, shift: Tensor, scale: Tensor) -> Tensor:
@@ -16,22 +60,27 @@ def encode_images(model: Any, pixels_BCHW: Tensor, *, shift: Tensor, scale: Tens
     Args:
         pixels_BCHW: uint8 on the model's device.
         shift, scale: the model's normalisation, see ClipModel.
-    Returns: float32 (B, D).
+    Returns: (B, D), float32 or better.
     """
     normalised = (
         pixels_BCHW.to(shift.dtype, memory_format=torch.contiguous_format).sub_(shift).mul_(scale)
     )  # one copy in float, not three
-    return F.normalize(model.encode_image(normalised).float(), dim=-1)
+    return _unit(model.encode_image(normalised))
 
 
 def encode_texts(model: Any, groups: Sequence[Tensor]) -> Tensor:
     """Unit features of texts given as groups of (u, L) tokens, in the order of the groups.
 
-    Returns: float32 (U, D), U the sum of all u.
+    Returns: (U, D), U the sum of all u; float32 or better.
     """
     tower = _cuttable_tower(model)
     features = [_encode_cut(tower, tokens) if tower is not None else model.encode_text(tokens) for tokens in groups]
-    return F.normalize(torch.cat(features).float(), dim=-1)
+    return _unit(torch.cat(features))
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Unit length, in float32 where the towers computed in less."""
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def lengths_of(model: Any) -> Callable[[Tensor], Tensor] | None:

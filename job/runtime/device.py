@@ -7,27 +7,42 @@ from pathlib import Path
 import torch
 
 from job.errors import ConfigError, DeviceError
+from job.runtime.ranks import ALONE, Ranks
 
 MAX_DECODE_THREADS = 16
 
 
-def choose_device(asked: str) -> torch.device:
-    """The device that was asked for; auto takes cuda, then mps, then cpu.
+def choose_device(asked: str, *, ranks: Ranks = ALONE) -> torch.device:
+    """The device that was asked for; auto takes cuda, then mps, then cpu. Several ranks of a node take one GPU each.
 
     Raises: DeviceError, if it is absent or does not compute. ConfigError, if there is no such kind.
     """
     if asked == "auto":
         if torch.cuda.is_available():
-            return _working_cuda("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+            return _working_cuda(_own_cuda(ranks))
+        return torch.device("mps" if torch.backends.mps.is_available() and ranks.size == 1 else "cpu")
     kind, _, index = asked.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()) or (index and kind != "cuda"):
         raise ConfigError(f"--device must be auto, cuda, cuda:N, mps or cpu; found {asked!r}.")
+    if ranks.size > 1 and (index or kind == "mps"):
+        raise ConfigError(f"--device {asked} names one device, but there are {ranks.size} ranks. Use --device cuda, cpu or auto.")
     if kind == "cuda":
-        return _working_cuda(asked)
+        return _working_cuda(asked if index else _own_cuda(ranks))
     if kind == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("--device mps was asked for, but this machine has none. Use --device auto or cpu.")
     return torch.device(kind)
+
+
+def _own_cuda(ranks: Ranks) -> str:
+    """The GPU of this rank. One visible GPU is its own: Slurm and containers may show each process only that."""
+    count = torch.cuda.device_count()
+    if ranks.local_size == 1 or count <= 1:
+        return "cuda"
+    if ranks.local_rank >= count:
+        raise DeviceError(
+            f"There are {ranks.local_size} ranks on this node, but {count} GPUs. Start one rank per GPU (--nproc-per-node {count})."
+        )
+    return f"cuda:{ranks.local_rank}"
 
 
 def _working_cuda(name: str) -> torch.device:
@@ -83,8 +98,14 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def decode_threads(asked: int) -> int:
-    return asked or min(MAX_DECODE_THREADS, cores())
+def decode_threads(asked: int, *, ranks: Ranks = ALONE) -> int:
+    return asked or min(MAX_DECODE_THREADS, cores_of_rank(ranks))
+
+
+def cores_of_rank(ranks: Ranks) -> int:
+    """This rank's share of the cores. Slurm gives each task its own, whether or not it also binds it to them."""
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "") if ranks.size > 1 else ""
+    return min(cores(), int(given)) if given.isdigit() else max(1, cores() // ranks.local_size)
 
 
 def cores() -> int:

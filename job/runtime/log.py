@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+from job.runtime.ranks import ALONE, Ranks
+
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
@@ -46,12 +48,20 @@ class _AboveLiveLine(logging.StreamHandler[Any]):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def set_up_logging() -> None:
-    """Sends our own log to stderr; libraries only from warnings on."""
+def set_up_logging(ranks: Ranks = ALONE) -> None:
+    """Sends our own log to stderr; libraries only from warnings on. Of several ranks the first tells what happens to all, and the
+    others only what goes wrong, with their number."""
     terminal = sys.stderr.isatty()
     handler = _AboveLiveLine() if terminal else logging.StreamHandler()
     handler.setFormatter(ShortLines() if terminal else JsonLines())
     handler.addFilter(lambda record: record.name != "root" or record.levelno >= logging.ERROR)  # open_clip warns of normal cases
+    if ranks.size > 1:
+        handler.addFilter(lambda record: _with_rank(record, ranks.rank))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("job").setLevel(logging.INFO)
+    logging.getLogger("job").setLevel(logging.WARNING if ranks.rank else logging.INFO)
     logging.captureWarnings(True)
+
+
+def _with_rank(record: logging.LogRecord, rank: int) -> bool:
+    record.rank = rank
+    return True

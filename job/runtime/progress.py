@@ -20,18 +20,19 @@ LIVE_LINE = "step {n}/{total} |{bar:12}| {elapsed} + {remaining}{postfix}"
 class StagingProgress:
     """Shows files on their way to scratch: a bar each on a terminal, a log line now and then elsewhere. Close it.
 
-    Called from any thread. Args: also: called with the same.
+    Called from any thread. Args: also: called with the same. live: whether this rank may show bars.
     """
 
-    def __init__(self, *, also: Callable[[str, int, int], None]) -> None:
+    def __init__(self, *, also: Callable[[str, int, int], None], live: bool = True) -> None:
         self._also = also
+        self._live = live and sys.stderr.isatty()
         self._bars: dict[str, Any] = {}
         self._told = time.monotonic()
 
     def __call__(self, name: str, done: int, planned: int) -> None:
         """So many bytes of a file are here."""
         self._also(name, done, planned)
-        if sys.stderr.isatty():
+        if self._live:
             if name not in self._bars:
                 self._bars[name] = tqdm(
                     total=planned,
@@ -54,9 +55,9 @@ class StagingProgress:
 
 
 class Progress:
-    """Shows steps as they are read. Close it: it owns the live line."""
+    """Shows steps as they are read. Close it: it owns the live line. Args: live: whether this rank may have one."""
 
-    def __init__(self, *, steps: int, done: int, every: Interval, steps_per_epoch: float) -> None:
+    def __init__(self, *, steps: int, done: int, every: Interval, steps_per_epoch: float, live: bool = True) -> None:
         self._every = every
         self._steps = steps
         self._steps_per_epoch = steps_per_epoch
@@ -67,7 +68,7 @@ class Progress:
         self._samples = 0
         self._waited = 0.0
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if live and sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=done, dynamic_ncols=True, file=sys.stderr, smoothing=0.1, bar_format=LIVE_LINE)
 
     def close(self) -> None:

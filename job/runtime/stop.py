@@ -30,6 +30,7 @@ class StopSignal:
         """Takes over the signals. Call it once, from the main thread, before torch is imported."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # our launcher starts ranks with them blocked
 
     def ignore(self) -> None:
         """The exit code is decided. Python gives signals their default action back while it ends, which takes torch a while,
