@@ -213,7 +213,9 @@ def outcome(run: Path | str) -> dict[str, Any]:
     store = RunStore(str(run))
     assert store.result() is not None, f"{run} is not complete"
     data = files.join(str(run), "data", store.commits()[0].data)
-    tensors = {name: tensors_of(files.join(data, name)) for name in (WEIGHTS, OPTIMIZER)}
+    parts = sorted(name for name in names_in(run, f"data/{store.commits()[0].data}") if name.startswith("optimizer"))
+    optimizer = {name: tensor for part in parts for name, tensor in tensors_of(files.join(data, part)).items()}
+    tensors = {WEIGHTS: tensors_of(files.join(data, WEIGHTS)), OPTIMIZER: optimizer}
     for export in ("export/final", "export/best"):
         tensors[export] = tensors_of(files.join(str(run), export, "open_clip_model.safetensors"))
         with tempfile.TemporaryDirectory() as folder:

@@ -45,13 +45,31 @@ def make_towers(clip: ClipModel, *, world: World) -> nn.Module:
     towers = Towers(clip)
     if world.size == 1:
         return towers
-    sync_buffers = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _DDP_OPTIONS)  # renamed in 2.15
-    return DistributedDataParallel(
+    options: dict[str, Any] = {next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _DDP_OPTIONS): False}
+    parallel = DistributedDataParallel(
         towers,
-        **{sync_buffers: False},
         gradient_as_bucket_view=True,
         find_unused_parameters=type(clip.module) not in (CLIP, CustomTextCLIP),  # CoCa's decoder, for one, learns nothing here
+        **options,
     )
+    _settle_buckets(parallel, clip)
+    return parallel
+
+
+def _settle_buckets(parallel: nn.Module, clip: ClipModel) -> None:
+    """One pass with nothing to learn. DDP orders its buckets anew after the first one, and sums of three or more ranks depend on
+    that order: so a run that goes on would differ in the last bits from one that was never interrupted."""
+    modes = [(part, part.training) for part in parallel.modules()]
+    parallel.eval()  # keeps running statistics as they are
+    device = clip.shift.device
+    pixels = torch.zeros(1, 3, clip.view.height, clip.view.width, dtype=torch.uint8, device=device)
+    tokens = torch.ones(1, 1, dtype=torch.int64, device=device)
+    for _ in range(2):
+        outputs = [output for output in parallel(pixels, [tokens]) if output.requires_grad]
+        torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+    parallel.zero_grad(set_to_none=True)
+    for part, training in modes:
+        part.training = training
 
 
 def encode_images(model: Any, pixels_BCHW: Tensor, *, shift: Tensor, scale: Tensor) -> Tensor:
