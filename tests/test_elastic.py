@@ -61,7 +61,7 @@ def alone(folder: Path) -> dict[str, Any]:
 
 
 def command(run: Path | str, ranks: int, folder: Path, **settings: Any) -> list[str]:
-    return train_command(run, scratch=folder / "scratch", nproc_per_node=ranks, **{**SETTINGS, **settings})
+    return train_command(run, scratch=folder / "scratch", **{**SETTINGS, "nproc_per_node": ranks, **settings})
 
 
 def losses(history: dict[str, Any]) -> list[float]:
@@ -108,7 +108,7 @@ def test_killed_on_4_ranks_then_on_2_then_finished_by_1_is_the_run_of_1(folder: 
     finish(command(run, 1, folder))
     found = outcome(run)
     assert losses(found["history"]) == pytest.approx(losses(alone["history"]), abs=TOLERANCE)
-    assert found["facts"]["before"] == pytest.approx(alone["facts"]["before"], abs=1e-3)
+    assert found["facts"]["before"] == pytest.approx(alone["facts"]["before"], abs=1e-5)  # evaluated by 4 ranks
     assert found["history"].keys() == alone["history"].keys()
 
 
