@@ -18,7 +18,7 @@ from job.data.captions import Captions, Texts
 from job.data.dataset import Dataset
 from job.data.order import batches_from, rows_at
 from job.data.staging import Staging
-from job.errors import DataError, ResumeError
+from job.errors import ConfigError, DataError, ResumeError
 from job.evaluate.retrieval import evaluate_retrieval, group_pairs
 from job.model.build import ClipModel, prepare_towers, write_base
 from job.model.optimizer import make_optimizer
@@ -94,6 +94,18 @@ def _fetch_export(run: str, scratch: Path, *, check: Callable[[], None]) -> Path
         f"--init-from {files.shown(run)} has no exported model: it is not a complete run. Finish that run first, or check the path "
         "(`clipjob inspect` shows what is there)."
     )
+
+
+def check_loss(config: Config, clip: ClipModel) -> None:
+    """Raises: ConfigError, when the model was not made for the loss."""
+    has_bias = getattr(clip.module, "logit_bias", None) is not None
+    if config.loss == "siglip" and not has_bias:
+        raise ConfigError(
+            f"--loss siglip needs a model with a logit_bias, which {config.model} has not. Take one that was made for it, such as "
+            'ViT-B-16-SigLIP, or a model-config JSON with "init_logit_bias": -10.'
+        )
+    if config.loss == "clip" and has_bias:
+        log.warning("this model was made for --loss siglip, and is trained with clip", extra={"model": config.model})
 
 
 def new_state(config: Config, clip: ClipModel) -> TrainState:

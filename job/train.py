@@ -49,6 +49,7 @@ from job.runtime.stop import StopSignal
 from job.runtime.world import Agreement
 from job.start import (
     captions_of,
+    check_loss,
     checkpoint_writer,
     evaluation,
     find_base,
@@ -109,6 +110,7 @@ def run_attempt(config: Config, attempt: Attempt) -> Outcome:
         lmdbs.raise_failure()
         stop.check("building the model")
         clip = build_base(base)
+        check_loss(config, clip)
         captions = captions_of(config, tables.manifest.captions, clip)
         captions.tokenise_until(lambda: lmdbs.done or stop.requested)
         paths = lmdbs.result()
@@ -238,6 +240,7 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
                 writer.wait()
                 break
 
+            world.at_step(state.step)
             agreement.vote()
             began = time.monotonic()
             batch = next(batches, None)

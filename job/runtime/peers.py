@@ -112,10 +112,19 @@ class Peers:
             time.sleep(POLL_SECONDS)
         rank, heard_at = min(((rank, at) for rank, (_, at) in self._heard.items()), key=lambda item: item[1], default=(0, 0.0))
         silent = time.monotonic() - heard_at > LINGER_SECONDS - 2 * BEAT_SECONDS
-        who = f"Rank {rank} is gone" if silent else "The ranks lost contact"
+        if "imed out" in str(error):
+            who = f"{self._behind()} did not come to a transfer"
+        else:
+            who = f"Rank {rank} is gone" if silent else "The ranks lost contact"
         return self._failure or PeerFailed(
             f"{who} ({_first_line(error)}). Start the job again: it goes on from the last checkpoint."
         )
+
+    def _behind(self) -> str:
+        """The ranks whose heartbeats tell of the earliest step."""
+        steps = {rank: int(beat.split()[1]) for rank, (beat, _) in self._heard.items() if beat}
+        first = min(steps.values(), default=0)
+        return f"Rank {', '.join(str(rank) for rank, step in steps.items() if step == first)}, at step {first},"
 
     def close(self) -> None:
         """Leaves. Rank 0, which keeps the store, waits a moment until the others have left."""

@@ -99,6 +99,11 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def at_step(self, step: int) -> None:
+        """Lets the other ranks know how far this one is."""
+        if self.peers is not None:
+            self.peers.step = step
+
     def any(self, mine: bool) -> bool:
         """Whether it is true on any rank. The host waits for the slowest."""
         return self.ask([mine])()[0]
