@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from job.runtime.metrics import Metrics
 from job.runtime.peers import Peers
 from job.runtime.ranks import Ranks
 from job.runtime.stop import StopSignal
+from job.runtime.watchdog import Watchdog
 from job.runtime.world import World
 
 LOCK = "lock"
@@ -42,19 +43,21 @@ class Attempt:
     """A folder of this process."""
     staging: Staging
     metrics: Metrics
+    watchdog: Watchdog
     started: float
     """By time.monotonic()."""
 
 
 @contextlib.contextmanager
-def joined(ranks: Ranks, *, stop: StopSignal) -> Iterator[World]:
+def joined(ranks: Ranks, *, check: Callable[[], None]) -> Iterator[World]:
     """This rank among all others, once they are here. Leaving it with an error ends the others too, with the same exit code.
 
+    Args: check: called while waiting for them; what it raises ends that.
     Raises: PeerFailed, when another rank has failed.
     """
     world = World()
     if ranks.size > 1:
-        world = World(ranks, peers=Peers(ranks, check=lambda: stop.check("the ranks were meeting")))
+        world = World(ranks, peers=Peers(ranks, check=check))
     try:
         yield world
     except Exception as error:

@@ -1,5 +1,6 @@
 """Who may go on with a run, and from where: its config and data are compared, it is claimed, its newest checkpoint is taken."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from job.checkpoint.retention import LAYOUT
 from job.checkpoint.store import FORMAT, Restored, RunStore, abort_uploads
 from job.config import FIELDS, Config, flag
 from job.data.dataset import Dataset
-from job.errors import ResumeError, TrainingError
+from job.errors import JobError, ResumeError, TrainingError
 from job.storage import files
+
+log = logging.getLogger(__name__)
 
 
 def claim_run(config: Config, attempt: Attempt, dataset: Dataset) -> None:
@@ -107,3 +110,11 @@ def restore(attempt: Attempt) -> Restored | None:
 
     place = Path(world.share_on_node("restored", fetch))
     return found or Restored(read_commit(files.join(store.uri, "commits", name)), place, {})
+
+
+def note_end(store: RunStore, exit_code: int, reason: str) -> None:
+    """For people who look at the run later; the outcome itself does not hang on it."""
+    try:
+        store.end_attempt({"exit_code": exit_code, "reason": reason})
+    except JobError as error:
+        log.warning("how this attempt ended could not be noted", extra={"reason": str(error)})

@@ -139,11 +139,7 @@ class Config:
     max_steps: int = option(0, "Steps in all; wins over --epochs. 0: as many as --epochs needs.", at_least=0)
     global_batch_size: int = option(256, "Pairs per step, over all devices.", at_least=2)
     micro_batch: int = option(
-        0,
-        "Pairs per device that go through the towers at a time; the loss still sees the global batch. Less memory, about a third "
-        "more time. 0: all at once.",
-        at_least=0,
-        may_change=True,
+        0, "Pairs per device in the towers at a time: less memory, a third more time. 0: all.", at_least=0, may_change=True
     )
     loss: str = option("clip", "clip: softmax over the global batch. siglip: a sigmoid for each pair.", choices=("clip", "siglip"))
     lr: float = option(1e-5, "Peak learning rate.", above=0)
@@ -166,23 +162,20 @@ class Config:
     evaluate_every: Interval = option(
         Interval("epochs", 1), "Interval of held-out evaluation, in steps or epochs; 0: only first and last."
     )
+    hang_timeout: Interval = option(
+        Interval("seconds", 1800), "Silence after which a job that does not get on ends itself with 70. 0: never.", may_change=True
+    )
     max_idle_attempts: int = option(
         10, "Attempts in a row without a checkpoint that end the run; 0: no limit.", at_least=0, may_change=True
     )
 
     # Running
     nproc_per_node: int = option(1, "Processes to start on this node, one per GPU.", at_least=1, may_change=True)
-    nnodes: int = option(
-        1, "Nodes of the job; each runs the same command, with MASTER_ADDR and NODE_RANK set.", at_least=1, may_change=True
-    )
+    nnodes: int = option(1, "Nodes that run this command, with MASTER_ADDR and NODE_RANK set.", at_least=1, may_change=True)
     threads: int = option(0, "Threads that decode images; 0: one per core, 16 at most.", at_least=0, may_change=True)
     torch_threads: int = option(0, "Threads of torch on the CPU; 0: one per core. The bits of a run depend on it.", at_least=0)
     metrics_port: int = option(
-        9465,
-        "Port of /metrics for Prometheus; taken: a free one, which the log names. 0: none.",
-        at_least=0,
-        at_most=65535,
-        may_change=True,
+        9465, "Port of /metrics and /healthz; taken: a free one. 0: none.", at_least=0, at_most=65535, may_change=True
     )
     log_every: Interval = option(Interval("seconds", 10), "Interval of log lines, where there is no terminal.", may_change=True)
 
@@ -200,8 +193,9 @@ class Config:
                 f"--evaluate-every must be counted in steps or epochs (200, 1ep); found {self.evaluate_every}. "
                 "By the clock, the best checkpoint would depend on the machine's speed."
             )
-        if self.storage_patience.kind not in ("seconds", "never"):
-            raise ConfigError(f"--storage-patience must be a time (30s, 10m, 2h) or 0; found {self.storage_patience}.")
+        for name in ("storage_patience", "hang_timeout"):
+            if getattr(self, name).kind not in ("seconds", "never"):
+                raise ConfigError(f"{flag(name)} must be a time (30s, 10m, 2h) or 0; found {getattr(self, name)}.")
         _ = self.scratch_limit_bytes
         if self.lock_image and self.lock_text:
             raise ConfigError("--lock-image and --lock-text together leave nothing to train; give one of them.")

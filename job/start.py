@@ -199,6 +199,10 @@ def evaluation(config: Config, attempt: Attempt, dataset: Dataset, captions: Cap
     world = attempt.world
 
     def evaluate(progress: Callable[[int, int], None]) -> dict[str, float] | None:
+        def beating(done: int, total: int) -> None:
+            attempt.watchdog.beat("evaluating")
+            progress(done, total)
+
         return evaluate_retrieval(
             clip,
             held_out,
@@ -208,7 +212,7 @@ def evaluation(config: Config, attempt: Attempt, dataset: Dataset, captions: Cap
             threads=decode_threads(config.threads, ranks=world.ranks),
             autocast=autocast_dtype(config.precision),
             stopping=lambda: world.any(attempt.stop.requested),
-            progress=progress,
+            progress=beating,
             world=world,
         )
 

@@ -25,12 +25,12 @@ import torch
 from job.attempt import Attempt, joined, working_folder
 from job.checkpoint.state import WEIGHTS, TrainState
 from job.checkpoint.store import RunStore
-from job.claim import claim_run, restore
+from job.claim import claim_run, note_end, restore
 from job.config import Config
 from job.data.captions import Captions
 from job.data.dataset import Dataset
 from job.data.order import steps_in
-from job.errors import DataError, JobError, StorageError, TrainingError, exit_code_of
+from job.errors import DataError, StorageError, TrainingError, exit_code_of
 from job.evaluate.export import export_run
 from job.inputs import Beside, open_dataset, read_tables, stage_lmdbs, staging_area
 from job.model.build import WEIGHTS_FILE, ClipModel, build_base
@@ -46,6 +46,7 @@ from job.runtime.progress import Progress, StagingProgress
 from job.runtime.ranks import ALONE, Ranks
 from job.runtime.schedule import CheckpointClock, due_at_step
 from job.runtime.stop import StopSignal
+from job.runtime.watchdog import Watchdog
 from job.runtime.world import Agreement
 from job.start import (
     captions_of,
@@ -78,9 +79,16 @@ def train(config: Config, *, store: RunStore, stop: StopSignal, ranks: Ranks = A
     Raises: JobError, whose exit code says who must act.
     """
     started = time.monotonic()
-    store.check = lambda: stop.check("files of the run were on their way")
     with contextlib.ExitStack() as closing:
-        world = closing.enter_context(joined(ranks, stop=stop))
+        watchdog = closing.enter_context(contextlib.closing(Watchdog(limit_seconds=config.hang_timeout.value)))
+
+        def check(doing: str) -> None:
+            watchdog.beat(doing)
+            stop.check(doing)
+
+        store.check = lambda: check("moving files of the run")
+        world = closing.enter_context(joined(ranks, check=lambda: check("waiting for the other ranks")))
+        watchdog.on_hang = world.tell_failure
         device = choose_device(config.device, ranks=ranks)
         precision, threads = choose_precision(config.precision, device), config.torch_threads or cores_of_rank(ranks)
         precision, threads = world.share("arithmetic", lambda: [precision, threads])
@@ -89,11 +97,13 @@ def train(config: Config, *, store: RunStore, stop: StopSignal, ranks: Ranks = A
         keep_freed_memory()
         if world.is_first:
             check_storage(config.run)
-        metrics = closing.enter_context(contextlib.closing(Metrics(port=config.metrics_port if world.is_first else 0)))
+        metrics = closing.enter_context(
+            contextlib.closing(Metrics(port=config.metrics_port if world.is_first else 0, watchdog=watchdog))
+        )
         progress = closing.enter_context(contextlib.closing(StagingProgress(also=metrics.staging, live=world.is_first)))
         scratch = closing.enter_context(working_folder(config.scratch, run=config.run))
-        staging = closing.enter_context(staging_area(config, check=lambda: stop.check("staging the data"), progress=progress))
-        outcome = run_attempt(config, Attempt(store, stop, world, device, scratch, staging, metrics, started))
+        staging = closing.enter_context(staging_area(config, check=lambda: check("staging the data"), progress=progress))
+        outcome = run_attempt(config, Attempt(store, stop, world, device, scratch, staging, metrics, watchdog, started))
         if outcome is Outcome.COMPLETE and not config.keep_staged:
             staging.purge()
         return outcome
@@ -101,11 +111,12 @@ def train(config: Config, *, store: RunStore, stop: StopSignal, ranks: Ranks = A
 
 def run_attempt(config: Config, attempt: Attempt) -> Outcome:
     """Opens the data, claims the run, and trains."""
-    store, stop, world = attempt.store, attempt.stop, attempt.world
+    store, stop, world, watchdog = attempt.store, attempt.stop, attempt.world, attempt.watchdog
     with Beside(partial(stage_lmdbs, config, attempt.staging)) as lmdbs:
         config, tables = read_tables(config, attempt.staging)
         lmdbs.raise_failure()
         stop.check("reading the data")
+        watchdog.beat("building the model")
         base, base_is_new = find_base(config, attempt)
         lmdbs.raise_failure()
         stop.check("building the model")
@@ -114,6 +125,7 @@ def run_attempt(config: Config, attempt: Attempt) -> Outcome:
         captions = captions_of(config, tables.manifest.captions, clip)
         captions.tokenise_until(lambda: lmdbs.done or stop.requested)
         paths = lmdbs.result()
+    watchdog.beat("opening the data")
     dataset = open_dataset(config, tables, paths)
     stop.check("opening the data")
     claim_run(config, attempt, dataset)
@@ -131,7 +143,7 @@ def run_attempt(config: Config, attempt: Attempt) -> Outcome:
         if base_is_new:
             store.put_folder("base", base)
         world.share("base is there", bool)
-        world.connect(attempt.device)
+        world.connect(attempt.device, waiting=watchdog.beat)
         outcome = run_steps(config, attempt, dataset=dataset, clip=clip, captions=captions, base=base)
     except Exception as error:
         failure = world.explained(device_failure(error))
@@ -143,14 +155,6 @@ def run_attempt(config: Config, attempt: Attempt) -> Outcome:
     if world.is_first:
         note_end(store, *((0, "complete") if outcome is Outcome.COMPLETE else (75, stop.name or "signal of another rank")))
     return outcome
-
-
-def note_end(store: RunStore, exit_code: int, reason: str) -> None:
-    """For people who look at the run later; the outcome itself does not hang on it."""
-    try:
-        store.end_attempt({"exit_code": exit_code, "reason": reason})
-    except JobError as error:
-        log.warning("how this attempt ended could not be noted", extra={"reason": str(error)})
 
 
 def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipModel, captions: Captions, base: Path) -> Outcome:
@@ -237,10 +241,12 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
                 save(needed="always" if kept or state.step == 0 else "best" if best else "")
                 history.restart_clock()
             if complete or stopping:
-                writer.wait()
+                writer.wait(waiting=attempt.watchdog.beat)
                 break
 
             world.at_step(state.step)
+            attempt.watchdog.beat("training")
+            metrics.ready = True
             agreement.vote()
             began = time.monotonic()
             batch = next(batches, None)

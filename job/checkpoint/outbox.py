@@ -110,10 +110,10 @@ class Outbox:
                 failure, self._failure = self._failure, None
                 raise failure
 
-    def wait(self, *, leaving: bool = False) -> None:
+    def wait(self, *, leaving: bool = False, waiting: Callable[[], None] = lambda: None) -> None:
         """Returns when everything is durable.
 
-        Args: leaving: the job ends for another reason: be as patient as after a signal.
+        Args: leaving: the job ends for another reason: be as patient as after a signal. waiting: called at every look.
         Raises: what ended the outbox; StorageError when patience is over.
         """
         hurried_since = 0.0
@@ -123,6 +123,7 @@ class Outbox:
                 if not self._entries:
                     return
                 self._changed.wait(POLL_SECONDS)
+                waiting()
                 now = time.monotonic()
                 hurried_since = hurried_since or (now if leaving or self._stopping() else 0.0)
                 quiet_seconds = now - max(self._moved_at, hurried_since)

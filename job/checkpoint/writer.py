@@ -128,11 +128,14 @@ class CheckpointWriter:
         finally:
             self._outbox.close()
 
-    def wait(self) -> None:
-        """Returns when every save is durable. Raises: what one failed with; StorageError when patience is over."""
+    def wait(self, *, waiting: Callable[[], None] = lambda: None) -> None:
+        """Returns when every save is durable. Raises: what one failed with; StorageError when patience is over.
+
+        Args: waiting: called now and then meanwhile.
+        """
         self._join()
         self._raise()
-        self._outbox.wait()
+        self._outbox.wait(waiting=waiting)
         self._raise()
 
     def notice_failure(self) -> bool:

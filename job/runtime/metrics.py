@@ -1,12 +1,17 @@
-"""Metrics for Prometheus, in a registry of their own, on /metrics."""
+"""Metrics for Prometheus, in a registry of their own, on /metrics; and whether the job is alive, on /healthz and /readyz."""
 
 import errno
+import json
 import logging
+import socketserver
 import threading
 import time
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+
+from job.runtime.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -19,10 +24,13 @@ class Metrics:
 
     Args:
         port: of /metrics. Taken: a free one, which `port` then names. 0: no server.
+        watchdog: whose heartbeat /healthz shows: 503 when it is too old. /readyz is 200 once steps are taken.
     """
 
-    def __init__(self, *, port: int, host: str = "0.0.0.0") -> None:  # noqa: S104  a scraper comes from another machine
+    def __init__(self, *, port: int, host: str = "0.0.0.0", watchdog: Watchdog | None = None) -> None:  # noqa: S104  scraped from afar
         self._registry = CollectorRegistry()
+        self._watchdog = watchdog or Watchdog(limit_seconds=0)
+        self._gauge("clipjob_last_heartbeat_timestamp_seconds", "When the job last got on.").set_function(lambda: self._watchdog.at)
         self.step = self._gauge("clipjob_step", "Global batches consumed.")
         self._staged = self._counter("clipjob_staging_bytes", "Bytes of remote files that have come to scratch.")
         self._planned = self._gauge("clipjob_staging_bytes_planned", "Bytes of the remote files that this attempt needs.")
@@ -36,7 +44,9 @@ class Metrics:
         self._seen: dict[str, int] = {}
         self._plans: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._server, self._thread, self.port = _serve(port, host, self._registry)
+        self.ready = False
+        """Whether steps are being taken."""
+        self._server, self._thread, self.port = _serve(port, host, self._answer)
 
     def staging(self, name: str, done_bytes: int, planned_bytes: int) -> None:
         """So many bytes of a remote file are here."""
@@ -65,6 +75,16 @@ class Metrics:
             self._server.server_close()
             self._thread.join()
 
+    def _answer(self, environ: dict[str, Any], start_response: Any) -> Any:
+        """The WSGI application."""
+        path = environ.get("PATH_INFO", "")
+        if path not in ("/healthz", "/readyz"):
+            return make_wsgi_app(self._registry)(environ, start_response)
+        good = self._watchdog.is_alive and (self.ready or path == "/healthz")
+        status = {"phase": self._watchdog.phase, "heartbeat_age_seconds": round(self._watchdog.age_seconds, 3), "ready": self.ready}
+        start_response("200 OK" if good else "503 Service Unavailable", [("Content-Type", "application/json")])
+        return [json.dumps(status).encode() + b"\n"]
+
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, registry=self._registry)
 
@@ -75,15 +95,26 @@ class Metrics:
         return Histogram(name, text, registry=self._registry, buckets=buckets)
 
 
-def _serve(port: int, host: str, registry: CollectorRegistry) -> tuple[Any, Any, int]:
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Silent(WSGIRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """A scrape every few seconds is no news."""
+
+
+def _serve(port: int, host: str, application: Any) -> tuple[Any, Any, int]:
     """(server, its thread, its port); a port that is taken is met by a free one."""
     if not port:
         return None, None, 0
     try:
-        server, thread = start_http_server(port, host, registry)
+        server = make_server(host, port, application, _Server, _Silent)
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
-        server, thread = start_http_server(0, host, registry)
+        server = make_server(host, 0, application, _Server, _Silent)
         log.warning("the port of /metrics is taken, so another one is used", extra={"asked": port, "port": server.server_port})
+    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
     return server, thread, int(server.server_port)

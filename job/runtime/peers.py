@@ -43,7 +43,7 @@ class Peers:
     """Rank 0's store, as one rank sees it, and the thread that watches it. All ranks must make one. Close it.
 
     Args:
-        check: called while waiting; what it raises ends that.
+        check: called while waiting for others; what it raises ends that.
     Raises: PeerFailed, naming the ranks that did not come in MEET_SECONDS.
     """
 
@@ -51,7 +51,7 @@ class Peers:
         self.ranks = ranks
         self.step = 0
         """Told to the others with each heartbeat."""
-        self._check = check
+        self.check = check
         self._deadline = time.monotonic() + MEET_SECONDS
         self._host = socket.gethostname()
         self._failure: PeerFailed | None = None
@@ -82,7 +82,7 @@ class Peers:
         """The value of a key, once it is there. Raises: PeerFailed; what check raises."""
         store = store or self.store
         while True:
-            self._check()
+            self.check()
             self.raise_failure()
             with self._explained():
                 if store.check([key]):
@@ -141,7 +141,7 @@ class Peers:
     def _connect(self, host_it: bool) -> Any:
         where = f"{self.ranks.address}:{self.ranks.port}"
         while True:
-            self._check()
+            self.check()
             left = self._deadline - time.monotonic() if not self._heard else SILENCE_SECONDS
             try:
                 return dist.TCPStore(  # type: ignore[attr-defined]
@@ -169,7 +169,7 @@ class Peers:
         everyone = range(self.ranks.size)
         self.store.set(f"here/{self.ranks.rank}", self._host)
         while True:
-            self._check()
+            self.check()
             missing = [rank for rank in everyone if not self.store.check([f"here/{rank}"])]
             if not missing:
                 return

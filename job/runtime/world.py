@@ -63,10 +63,14 @@ class World:
         """Whether this rank speaks for all: it logs, claims, commits and exports."""
         return self.rank == 0
 
-    def connect(self, device: torch.device) -> None:
-        """Opens the transfers between devices. Raises: PeerFailed."""
+    def connect(self, device: torch.device, *, waiting: Callable[[], None] = lambda: None) -> None:
+        """Opens the transfers between devices. From here on ranks stop together, so a signal no longer ends what one waits for.
+
+        Args: waiting: called while this rank waits for another. Raises: PeerFailed.
+        """
         if self.peers is None:
             return
+        self.peers.check = waiting
         options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -146,6 +150,11 @@ class World:
             return failure
         self.peers.fail(exit_code_of(error), str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}")
         return error
+
+    def tell_failure(self, reason: str) -> None:
+        """Before this process ends without any of its clean-up."""
+        if self.peers is not None:
+            self.peers.fail(JobError.exit_code, reason)
 
     def leave(self) -> None:
         if self.peers is not None:
