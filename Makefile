@@ -35,6 +35,7 @@ bench: $(VENV)/dev  ## All benchmarks, tables to benchmarks/results
 	$(BIN)/python -m benchmarks.storage --out benchmarks/results/storage.md
 	$(BIN)/python -m benchmarks.checkpoint --out benchmarks/results/checkpoint.md
 	$(BIN)/python -m benchmarks.ranks --out benchmarks/results/ranks.md
+	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup.md
 	$(BIN)/python -m benchmarks.demo --out benchmarks/results/demo.md
 
 docs: $(VENV)/run  ## Write docs/configuration.md anew from the code

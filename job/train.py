@@ -246,13 +246,15 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
 
             world.at_step(state.step)
             attempt.watchdog.beat("training")
-            metrics.ready = True
             agreement.vote()
             began = time.monotonic()
             batch = next(batches, None)
             if batch is None:  # a signal came while the next batch was being decoded
                 continue
             data_wait = time.monotonic() - began
+            if not metrics.ready:
+                metrics.ready = True
+                log.info("training", extra={"step": state.step, "startup_seconds": round(time.monotonic() - attempt.started, 3)})
             lr = lr_at(state.step, peak=config.lr, warmup=warmup, steps=steps)
             report = train_step(state, batch, towers=towers, lr=lr, settings=settings, world=world)
             history.add(report, data_wait_seconds=data_wait)
