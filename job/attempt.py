@@ -21,6 +21,7 @@ import job
 from job.checkpoint.store import RunStore
 from job.data.staging import Staging
 from job.errors import ConfigError, StorageError
+from job.runtime.ledger import Ledger
 from job.runtime.metrics import Metrics
 from job.runtime.peers import Peers
 from job.runtime.ranks import Ranks
@@ -44,8 +45,7 @@ class Attempt:
     staging: Staging
     metrics: Metrics
     watchdog: Watchdog
-    started: float
-    """By time.monotonic()."""
+    ledger: Ledger
 
 
 @contextlib.contextmanager
@@ -118,10 +118,16 @@ def describe_attempt(attempt: Attempt) -> dict[str, Any]:
         "ranks": attempt.world.size,
         "metrics_port": attempt.metrics.port,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
-        "versions": {
-            "clipjob": job.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "open_clip": open_clip.__version__,
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a run's numbers."""
+    return {
+        "clipjob": job.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "open_clip": open_clip.__version__,
+        "cuda": torch.version.cuda or "",
     }

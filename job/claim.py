@@ -6,12 +6,13 @@ from typing import Any
 
 import job
 from job.attempt import Attempt, describe_attempt
-from job.checkpoint.commit import read_commit
+from job.checkpoint.beacon import read_beacon
+from job.checkpoint.commit import read_commit, read_end
 from job.checkpoint.retention import LAYOUT
 from job.checkpoint.store import FORMAT, Restored, RunStore, abort_uploads
 from job.config import FIELDS, Config, flag
 from job.data.dataset import Dataset
-from job.errors import JobError, ResumeError, TrainingError
+from job.errors import AccessError, JobError, ResumeError, Stopped, StorageError, TrainingError
 from job.storage import files
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,21 @@ def restore(attempt: Attempt) -> Restored | None:
 
     place = Path(world.share_on_node("restored", fetch))
     return found or Restored(read_commit(files.join(store.uri, "commits", name)), place, {})
+
+
+def count_earlier_attempts(attempt: Attempt, restored: Restored | None) -> None:
+    """Adds their time and what was lost to rank 0's ledger; what can't be read of it costs nobody a run."""
+    if not attempt.world.is_first:
+        return
+    store, step, since, committed = attempt.store, 0, 1, {}
+    if restored:
+        step, since, committed = restored.commit.step, restored.commit.attempt, restored.commit.info.get("ledger", {})
+    try:
+        beacon = read_beacon(store.uri, before=store.attempt, since=since)
+        preempted = store.attempt > 1 and read_end(store.uri, store.attempt - 1).get("exit_code") == Stopped.exit_code
+        attempt.ledger.go_on(committed, step=step, beacon=beacon, restarts=store.attempt - 1, preempted=preempted)
+    except (StorageError, AccessError) as error:
+        log.warning("what earlier attempts took could not be read", extra={"reason": str(error)})
 
 
 def note_end(store: RunStore, exit_code: int, reason: str) -> None:

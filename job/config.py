@@ -177,6 +177,8 @@ class Config:
     metrics_port: int = option(
         9465, "Port of /metrics and /healthz; taken: a free one. 0: none.", at_least=0, at_most=65535, may_change=True
     )
+    metrics_host: str = option("0.0.0.0", "Address that /metrics listens on.", may_change=True)  # noqa: S104  scraped from afar
+    metrics_textfile: str = option("", "Folder for a .prom file with the same, for node_exporter.", may_change=True)
     log_every: Interval = option(Interval("seconds", 10), "Interval of log lines, where there is no terminal.", may_change=True)
 
     def __post_init__(self) -> None:

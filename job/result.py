@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from job.errors import DataError, TrainingError
 from job.storage import files
 
 ROWS = {
@@ -42,3 +43,19 @@ def result_table(result: dict[str, Any], *, run: str) -> str:
     lines.append(f"load it with open_clip{copy}:")
     lines.append(f'    model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}")')
     return "\n".join(lines)
+
+
+def too_many_bad_samples(bad_samples: int, *, step: int, samples: int, limit: float) -> DataError:
+    return DataError(
+        f"An image was missing or could not be decoded {bad_samples} times in {samples} samples, more than --max-bad-samples "
+        f"{limit:g} allows. The log names the keys, and `clipjob check --all` lists them all. "
+        f"The run is saved at step {step}: go on with a higher --max-bad-samples, or mend the LMDB and start a new run."
+    )
+
+
+def diverged(steps_in_a_row: int, *, step: int, lr: float, precision: str) -> TrainingError:
+    return TrainingError(
+        f"The loss or gradient was not finite in {steps_in_a_row} steps in a row, up to step {step}; "
+        "none of them changed the weights. "
+        f"Start a new run with a lower --lr (now {lr:g}) or --precision fp32 (now {precision})."
+    )

@@ -1,5 +1,6 @@
 """What an attempt does and builds before its first step, in the order in which train.py calls it. A part of train.py by rank."""
 
+import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Generator
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from job.attempt import Attempt
+from job.attempt import Attempt, versions
 from job.checkpoint.publish import Team
 from job.checkpoint.state import TrainState
 from job.checkpoint.store import RunStore
@@ -25,6 +26,9 @@ from job.model.optimizer import make_optimizer
 from job.model.step import StepSettings
 from job.model.towers import lengths_of
 from job.runtime.device import autocast_dtype, decode_threads
+from job.runtime.ledger import Ledger
+from job.runtime.metrics import Metrics
+from job.runtime.watchdog import Watchdog
 from job.storage import files
 
 log = logging.getLogger(__name__)
@@ -93,6 +97,21 @@ def _fetch_export(run: str, scratch: Path, *, check: Callable[[], None]) -> Path
     raise DataError(
         f"--init-from {files.shown(run)} has no exported model: it is not a complete run. Finish that run first, or check the path "
         "(`clipjob inspect` shows what is there)."
+    )
+
+
+def make_metrics(config: Config, *, watchdog: Watchdog, ledger: Ledger, is_first: bool) -> Metrics:
+    """Rank 0's are seen; the others count for nobody. Close it."""
+    textfile = None
+    if config.metrics_textfile and is_first:
+        textfile = Path(config.metrics_textfile) / f"clipjob-{hashlib.sha256(config.run.encode()).hexdigest()[:12]}.prom"
+    return Metrics(
+        port=config.metrics_port if is_first else 0,
+        host=config.metrics_host,
+        textfile=textfile,
+        watchdog=watchdog,
+        ledger=ledger,
+        build=versions(),
     )
 
 

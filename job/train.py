@@ -23,14 +23,15 @@ from typing import Any
 import torch
 
 from job.attempt import Attempt, joined, working_folder
-from job.checkpoint.state import WEIGHTS, TrainState
+from job.checkpoint.beacon import Beacon
+from job.checkpoint.state import WEIGHTS
 from job.checkpoint.store import RunStore
-from job.claim import claim_run, note_end, restore
+from job.claim import claim_run, count_earlier_attempts, note_end, restore
 from job.config import Config
 from job.data.captions import Captions
 from job.data.dataset import Dataset
 from job.data.order import steps_in
-from job.errors import DataError, StorageError, TrainingError, exit_code_of
+from job.errors import StorageError, exit_code_of
 from job.evaluate.export import export_run
 from job.inputs import Beside, open_dataset, read_tables, stage_lmdbs, staging_area
 from job.model.build import WEIGHTS_FILE, ClipModel, build_base
@@ -38,10 +39,11 @@ from job.model.optimizer import lr_at, warmup_steps
 from job.model.step import take_row, train_step
 from job.model.towers import make_towers
 from job.model.weights import load_weights
-from job.runtime.device import choose_device, choose_precision, cores_of_rank, device_failure
+from job.result import diverged, too_many_bad_samples
+from job.runtime.device import choose_device, choose_precision, cores_of_rank, device_failure, device_memory
 from job.runtime.history import History
+from job.runtime.ledger import Ledger, process_age_seconds
 from job.runtime.memory import keep_freed_memory
-from job.runtime.metrics import Metrics
 from job.runtime.progress import Progress, StagingProgress
 from job.runtime.ranks import ALONE, Ranks
 from job.runtime.schedule import CheckpointClock, due_at_step
@@ -54,6 +56,7 @@ from job.start import (
     checkpoint_writer,
     evaluation,
     find_base,
+    make_metrics,
     new_state,
     step_settings,
     training_batches,
@@ -78,7 +81,7 @@ def train(config: Config, *, store: RunStore, stop: StopSignal, ranks: Ranks = A
     Returns: COMPLETE, and the result is durable; STOPPED, and everything done so far is durable.
     Raises: JobError, whose exit code says who must act.
     """
-    started = time.monotonic()
+    ledger = Ledger(already=process_age_seconds())
     with contextlib.ExitStack() as closing:
         watchdog = closing.enter_context(contextlib.closing(Watchdog(limit_seconds=config.hang_timeout.value)))
 
@@ -97,13 +100,12 @@ def train(config: Config, *, store: RunStore, stop: StopSignal, ranks: Ranks = A
         keep_freed_memory()
         if world.is_first:
             check_storage(config.run)
-        metrics = closing.enter_context(
-            contextlib.closing(Metrics(port=config.metrics_port if world.is_first else 0, watchdog=watchdog))
-        )
+        metrics = make_metrics(config, watchdog=watchdog, ledger=ledger, is_first=world.is_first)
+        closing.callback(metrics.close)
         progress = closing.enter_context(contextlib.closing(StagingProgress(also=metrics.staging, live=world.is_first)))
         scratch = closing.enter_context(working_folder(config.scratch, run=config.run))
         staging = closing.enter_context(staging_area(config, check=lambda: check("staging the data"), progress=progress))
-        outcome = run_attempt(config, Attempt(store, stop, world, device, scratch, staging, metrics, watchdog, started))
+        outcome = run_attempt(config, Attempt(store, stop, world, device, scratch, staging, metrics, watchdog, ledger))
         if outcome is Outcome.COMPLETE and not config.keep_staged:
             staging.purge()
         return outcome
@@ -124,21 +126,14 @@ def run_attempt(config: Config, attempt: Attempt) -> Outcome:
         check_loss(config, clip)
         captions = captions_of(config, tables.manifest.captions, clip)
         captions.tokenise_until(lambda: lmdbs.done or stop.requested)
-        paths = lmdbs.result()
+        with attempt.ledger.within("staging"):
+            paths = lmdbs.result()
     watchdog.beat("opening the data")
     dataset = open_dataset(config, tables, paths)
     stop.check("opening the data")
     claim_run(config, attempt, dataset)
-    log.info(
-        "attempt",
-        extra={
-            "run": config.run,
-            "attempt": store.attempt,
-            "device": str(attempt.device),
-            "precision": config.precision,
-            "ranks": world.size,
-        },
-    )
+    facts = {"device": str(attempt.device), "precision": config.precision, "ranks": world.size}
+    log.info("attempt", extra={"run": config.run, "attempt": store.attempt, **facts})
     try:
         if base_is_new:
             store.put_folder("base", base)
@@ -159,8 +154,9 @@ def run_attempt(config: Config, attempt: Attempt) -> Outcome:
 
 def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipModel, captions: Captions, base: Path) -> Outcome:
     """From the newest checkpoint to the result, or to a signal."""
-    store, stop, world, metrics = attempt.store, attempt.stop, attempt.world, attempt.metrics
-    restored = restore(attempt)
+    store, stop, world, metrics, ledger = attempt.store, attempt.stop, attempt.world, attempt.metrics, attempt.ledger
+    with ledger.within("restore"):
+        restored = restore(attempt)
     load_weights(clip.module, str(restored.folder / WEIGHTS if restored else base / WEIGHTS_FILE), model=str(base))
     clip = clip.to(attempt.device)
     state = new_state(config, clip)
@@ -169,7 +165,7 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
         log.info("resumed", extra={"step": state.step, "rejected": restored.rejected})
     world.meet()  # all have read it
     shutil.rmtree(attempt.scratch / "restored", ignore_errors=True)
-    seconds_before = state.seconds
+    count_earlier_attempts(attempt, restored)
 
     row_count, batch_size = len(dataset.train_rows), config.global_batch_size
     steps_per_epoch = row_count / batch_size
@@ -179,7 +175,14 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
     evaluate = evaluation(config, attempt, dataset, captions, clip)
     clock = CheckpointClock(config.checkpoint_every, steps_per_epoch=steps_per_epoch)
 
+    metrics.start_run(
+        run=config.run, model=config.model, pretrained=config.pretrained, step=state.step, steps=steps, samples_per_step=batch_size
+    )
+
     with contextlib.ExitStack() as closing:
+        if world.is_first:
+            beacon = Beacon(store, lambda: {"step": state.step, "ledger": ledger.to_json()})
+            closing.callback(beacon.close)
         progress = Progress(
             steps=steps, done=state.step, every=config.log_every, steps_per_epoch=steps_per_epoch, live=world.is_first
         )
@@ -199,16 +202,19 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
         def on_row(row: dict[str, Any]) -> None:
             take_row(state, row)
             progress.step(row, samples=batch_size)
-            metrics.step.set(row["step"])
+            metrics.row(row, steps=steps, steps_per_epoch=steps_per_epoch)
+            metrics.memory(device_memory(attempt.device))
 
         history = History(on_row)
         named: set[str] = set()  # images that can't be decoded, each told once
 
         def save(*, needed: str = "") -> None:
-            lines = history.to_bytes()
-            state.seconds = seconds_before + time.monotonic() - attempt.started
-            evaluated = state.evaluated_step == state.step
-            writer.save(state, lines, info={"evaluated": evaluated, "metrics": state.after if evaluated else None}, needed=needed)
+            with ledger.within("checkpoint_stall"):
+                lines = history.to_bytes()
+                state.seconds = ledger.total_seconds
+                evaluated = state.evaluated_step == state.step
+                info = {"evaluated": evaluated, "metrics": state.after if evaluated else None, "ledger": ledger.to_json()}
+                writer.save(state, lines, info=info, needed=needed)
             clock.saved(stall_seconds=writer.stall_seconds, upload_seconds=writer.upload_seconds)
 
         def votes() -> list[bool]:
@@ -220,12 +226,14 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
             last = state.step == steps
             due = state.step == 0 or last or due_at_step(config.evaluate_every, state.step, steps_per_epoch=steps_per_epoch)
             must_evaluate = evaluate is not None and due and state.evaluated_step != state.step
-            scores = evaluate(progress.evaluating) if evaluate and must_evaluate else None
+            with ledger.within("evaluate"):
+                scores = evaluate(progress.evaluating) if evaluate and must_evaluate else None
             best = False
             if scores is not None:
                 best = state.take_metrics(scores)
                 history.add_evaluation(state.step, scores)
                 progress.evaluated(state.step, scores, best=best)
+                metrics.evaluated(scores)
                 history.restart_clock()
             complete = last and (not evaluate or state.evaluated_step == state.step)
             asked_to_stop, save_is_due, failed = agreement.outcome()  # a signal that comes later is met at the next step
@@ -241,20 +249,24 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
                 save(needed="always" if kept or state.step == 0 else "best" if best else "")
                 history.restart_clock()
             if complete or stopping:
+                ledger.enter("checkpoint_stall")
                 writer.wait(waiting=attempt.watchdog.beat)
                 break
 
             world.at_step(state.step)
             attempt.watchdog.beat("training")
             agreement.vote()
+            ledger.enter("data_wait")
             began = time.monotonic()
             batch = next(batches, None)
             if batch is None:  # a signal came while the next batch was being decoded
                 continue
             data_wait = time.monotonic() - began
+            ledger.enter("productive")
             if not metrics.ready:
-                metrics.ready = True
-                log.info("training", extra={"step": state.step, "startup_seconds": round(time.monotonic() - attempt.started, 3)})
+                seconds = round(process_age_seconds(), 3)
+                metrics.start_training(seconds)
+                log.info("training", extra={"step": state.step, "startup_seconds": seconds})
             lr = lr_at(state.step, peak=config.lr, warmup=warmup, steps=steps)
             report = train_step(state, batch, towers=towers, lr=lr, settings=settings, world=world)
             history.add(report, data_wait_seconds=data_wait)
@@ -265,33 +277,21 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
             if state.bad_samples > config.max_bad_samples * max(row_count, state.step * batch_size):
                 save()
                 writer.wait()
-                raise too_many_bad_samples(state, config)
+                raise too_many_bad_samples(
+                    state.bad_samples, step=state.step, samples=state.step * batch_size, limit=config.max_bad_samples
+                )
             if state.nonfinite_in_a_row >= config.max_nonfinite_steps:
                 writer.wait()
                 if world.is_first:
                     store.write_history(history.to_bytes())
-                raise diverged(state, config)
+                raise diverged(state.nonfinite_in_a_row, step=state.step, lr=config.lr, precision=config.precision)
 
     def finish() -> bool:
         return export_run(
             store, state, base=base, scratch=attempt.scratch, global_batch_size=batch_size, stopping=lambda: stop.requested
         )
 
-    return Outcome.COMPLETE if complete and world.share("exported", finish) else Outcome.STOPPED
-
-
-def too_many_bad_samples(state: TrainState, config: Config) -> DataError:
-    return DataError(
-        f"An image was missing or could not be decoded {state.bad_samples} times in "
-        f"{state.step * config.global_batch_size} samples, more than --max-bad-samples {config.max_bad_samples:g} allows. "
-        "The log names the keys, and `clipjob check --all` lists them all. "
-        f"The run is saved at step {state.step}: go on with a higher --max-bad-samples, or mend the LMDB and start a new run."
-    )
-
-
-def diverged(state: TrainState, config: Config) -> TrainingError:
-    return TrainingError(
-        f"The loss or gradient was not finite in {state.nonfinite_in_a_row} steps in a row, up to step {state.step}; "
-        "none of them changed the weights. "
-        f"Start a new run with a lower --lr (now {config.lr:g}) or --precision fp32 (now {config.precision})."
-    )
+    if not complete or not world.share("exported", finish):
+        return Outcome.STOPPED
+    metrics.complete()
+    return Outcome.COMPLETE

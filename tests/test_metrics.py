@@ -3,9 +3,11 @@
 import socket
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from job.runtime.ledger import Ledger
 from job.runtime.metrics import Metrics
 
 
@@ -46,6 +48,82 @@ def test_a_durable_checkpoint_is_told(metrics: Metrics) -> None:
     assert found["clipjob_checkpoint_stall_seconds_sum"] == pytest.approx(0.02)
     assert found["clipjob_checkpoint_upload_seconds_count"] == 1
     assert found["clipjob_checkpoints_waiting"] == 2
+
+
+ROW = {
+    "kind": "step",
+    "step": 7,
+    "lr": 1e-5,
+    "pairs": 16,
+    "bad_samples": 2,
+    "loss": 1.5,
+    "gradient_norm": 2.0,
+    "logit_scale": 14.0,
+    "accuracy_image_to_text": 0.5,
+    "accuracy_text_to_image": 0.25,
+    "right_caption_probability": 0.125,
+    "seconds": 0.5,
+    "data_wait_seconds": 0.1,
+}
+
+
+def test_a_step_is_told_under_the_names_that_dashboards_use(metrics: Metrics) -> None:
+    metrics.start_run(run="r", model="ViT-B-32", pretrained="openai", step=6, steps=107, samples_per_step=16)
+    metrics.start_training(4.0)
+    metrics.row(ROW, steps=107, steps_per_epoch=10.0)
+    metrics.evaluated({"text_retrieval_recall@5": 0.75, "image_retrieval_recall@1": 0.5, "mean_recall": 0.6})
+    found = read(metrics)
+    assert found["clipjob_step"] == 7
+    assert found["clipjob_epoch"] == pytest.approx(0.7)
+    assert found["clipjob_eta_seconds"] == 50.0
+    assert found["clipjob_samples_total"] == 7 * 16
+    assert found["clipjob_train_loss"] == 1.5
+    assert found['clipjob_train_accuracy_ratio{direction="text_to_image"}'] == 0.25
+    assert found["clipjob_samples_per_second"] == 32.0
+    assert found["clipjob_step_duration_seconds_sum"] == 0.5
+    assert found['clipjob_skipped_samples_total{reason="undecodable"}'] == 2
+    assert found['clipjob_eval_recall_ratio{direction="image_to_text",k="5"}'] == 0.75
+    assert found['clipjob_eval_recall_ratio{direction="text_to_image",k="1"}'] == 0.5
+    assert found["clipjob_resume_duration_seconds"] == 4.0
+    assert found['clipjob_run_info{model="ViT-B-32",pretrained="openai",run="r"}'] == 1
+
+
+def test_a_step_without_a_number_is_counted_and_leaves_the_last_ones(metrics: Metrics) -> None:
+    metrics.row(ROW, steps=10, steps_per_epoch=10.0)
+    metrics.row({**ROW, "step": 8, "loss": None}, steps=10, steps_per_epoch=10.0)
+    found = read(metrics)
+    assert found["clipjob_nonfinite_steps_total"] == 1
+    assert found["clipjob_train_loss"] == 1.5
+
+
+def test_counters_go_on_after_a_kill_and_count_what_was_lost() -> None:
+    ledger = Ledger()
+    ledger.go_on(
+        {"seconds": {"productive": 50.0}, "restarts": 0, "preemptions": 0, "lost_steps": 0},
+        step=10,
+        beacon={"step": 13, "ledger": {"seconds": {"productive": 56.0}, "preemptions": 0, "lost_steps": 0}},
+        restarts=1,
+        preempted=False,
+    )
+    metrics = Metrics(port=free_port(), ledger=ledger)
+    try:
+        metrics.start_run(run="r", model="m", pretrained="", step=10, steps=100, samples_per_step=16)
+        found = read(metrics)
+    finally:
+        metrics.close()
+    assert found["clipjob_samples_total"] == 13 * 16
+    assert found["clipjob_lost_steps_total"] == 3
+    assert found["clipjob_restarts_total"] == 1
+    assert found['clipjob_time_seconds_total{state="productive"}'] == 50.0
+    assert found['clipjob_time_seconds_total{state="recompute"}'] == 6.0
+    assert 0 < found["clipjob_goodput_ratio"] < 50 / 56 + 1e-9
+
+
+def test_a_textfile_carries_the_same(tmp_path: Path) -> None:
+    metrics = Metrics(port=0, textfile=tmp_path / "clipjob.prom")
+    metrics.row(ROW, steps=10, steps_per_epoch=10.0)
+    metrics.close()
+    assert "clipjob_train_loss 1.5" in (tmp_path / "clipjob.prom").read_text(encoding="utf-8")
 
 
 def test_a_taken_port_is_met_by_a_free_one(metrics: Metrics) -> None:

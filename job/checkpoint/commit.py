@@ -125,6 +125,13 @@ def read_attempts(run: str) -> list[dict[str, Any]]:
     return found
 
 
+def read_end(run: str, attempt: int) -> dict[str, Any]:
+    """What an attempt noted last; empty, if it could note nothing."""
+    with contextlib.suppress(FileNotFoundError, Rejection):
+        return read(files.join(run, "attempts", f"{attempt:06}-end.json"))
+    return {}
+
+
 def read_history(run: str) -> list[dict[str, Any]]:
     """The rows of all attempts, as `merge_histories` orders them."""
     histories = []

@@ -62,6 +62,18 @@ def _working_cuda(name: str) -> torch.device:
     return device
 
 
+def device_memory(device: torch.device) -> dict[str, int]:
+    """Bytes of this process on a GPU, by kind; empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    read = {
+        "allocated": torch.cuda.memory_allocated,
+        "reserved": torch.cuda.memory_reserved,
+        "peak": torch.cuda.max_memory_allocated,
+    }
+    return {kind: of_device(device) for kind, of_device in read.items()}
+
+
 def device_failure(error: Exception) -> Exception:
     """A DeviceError for what the GPU itself failed with (lost, ECC, a failed launch); any other error as it is."""
     accelerator_error = getattr(torch, "AcceleratorError", None)

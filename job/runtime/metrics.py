@@ -6,16 +6,23 @@ import logging
 import socketserver
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, make_wsgi_app, write_to_textfile
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from job.runtime.ledger import Ledger
 from job.runtime.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 STALL_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+TEXTFILE_SECONDS = 10.0
+STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 UPLOAD_BUCKETS = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
@@ -24,29 +31,121 @@ class Metrics:
 
     Args:
         port: of /metrics. Taken: a free one, which `port` then names. 0: no server.
+        host: the address to listen on.
+        textfile: written every TEXTFILE_SECONDS with the same, for node_exporter where nothing scrapes jobs.
         watchdog: whose heartbeat /healthz shows: 503 when it is too old. /readyz is 200 once steps are taken.
+        ledger: time and losses of all attempts, which become counters that survive restarts.
+        build: versions, for clipjob_build_info.
     """
 
-    def __init__(self, *, port: int, host: str = "0.0.0.0", watchdog: Watchdog | None = None) -> None:  # noqa: S104  scraped from afar
+    def __init__(
+        self,
+        *,
+        port: int,
+        host: str = "127.0.0.1",
+        textfile: Path | None = None,
+        watchdog: Watchdog | None = None,
+        ledger: Ledger | None = None,
+        build: Mapping[str, str] | None = None,
+    ) -> None:
         self._registry = CollectorRegistry()
         self._watchdog = watchdog or Watchdog(limit_seconds=0)
+        self._ledger = ledger or Ledger()
+        self._samples_per_step = 0
+        self._last_step = 0
+        Info("clipjob_build", "Versions of what runs.", registry=self._registry).info(dict(build or {}))
+        self._run = Info("clipjob_run", "Which run this is.", registry=self._registry)
         self._gauge("clipjob_last_heartbeat_timestamp_seconds", "When the job last got on.").set_function(lambda: self._watchdog.at)
-        self.step = self._gauge("clipjob_step", "Global batches consumed.")
+        self._step = self._gauge("clipjob_step", "Global batches consumed.")
+        self._steps = self._gauge("clipjob_steps_planned", "Global batches of the whole run.")
+        self._epoch = self._gauge("clipjob_epoch", "Passes over the training rows, with fraction.")
+        self._eta = self._gauge("clipjob_eta_seconds", "Time to the last step at the present rate.")
+        self._loss = self._gauge("clipjob_train_loss", "Loss of the last step.")
+        self._accuracy = self._gauge("clipjob_train_accuracy_ratio", "Right matches within the batch.", ("direction",))
+        self._right = self._gauge("clipjob_right_caption_probability_ratio", "Probability of the right caption within the batch.")
+        self._lr = self._gauge("clipjob_learning_rate", "Of the last step.")
+        self._norm = self._gauge("clipjob_gradient_norm", "Before clipping.")
+        self._scale = self._gauge("clipjob_logit_scale", "1 / temperature.")
+        self._nonfinite = self._counter("clipjob_nonfinite_steps", "Steps whose loss or gradient was not finite.")
+        self._skipped = self._counter("clipjob_skipped_samples", "Samples left out.", ("reason",))
+        self._duration = self._histogram("clipjob_step_duration_seconds", "Time of a step.", STEP_BUCKETS)
+        self._rate = self._gauge("clipjob_samples_per_second", "Of the last step.")
         self._staged = self._counter("clipjob_staging_bytes", "Bytes of remote files that have come to scratch.")
         self._planned = self._gauge("clipjob_staging_bytes_planned", "Bytes of the remote files that this attempt needs.")
-        self._saves = self._counter("clipjob_checkpoint_saves", "Tries to send a checkpoint: ok, failed.", labels=("result",))
+        self._saves = self._counter("clipjob_checkpoint_saves", "Tries to send a checkpoint: ok, failed.", ("result",))
         self._stall = self._histogram("clipjob_checkpoint_stall_seconds", "What a save cost the training thread.", STALL_BUCKETS)
         self._upload = self._histogram("clipjob_checkpoint_upload_seconds", "Time that sending a save took.", UPLOAD_BUCKETS)
         self._bytes = self._gauge("clipjob_checkpoint_bytes", "Size of the last checkpoint.")
         self._saved_at = self._gauge("clipjob_checkpoint_last_success_timestamp_seconds", "When one last became durable.")
         self._saved_step = self._gauge("clipjob_checkpoint_last_success_step", "Step of the last durable checkpoint.")
         self.waiting = self._gauge("clipjob_checkpoints_waiting", "Checkpoints that wait on scratch because storage fails.")
+        self._resumed = self._gauge("clipjob_resume_duration_seconds", "From the start of this attempt to its first step.")
+        self._recall = self._gauge("clipjob_eval_recall_ratio", "Held-out recall.", ("direction", "k"))
+        self._memory = self._gauge("clipjob_device_memory_bytes", "Of the GPU.", ("kind",))
+        self._completed = self._gauge("clipjob_run_completed_timestamp_seconds", "When the run became complete; 0 before.")
+        for reason in ("undecodable",):
+            self._skipped.labels(reason=reason)
+        for result in ("ok", "failed"):
+            self._saves.labels(result=result)
+        self._registry.register(_OfLedger(self))
         self._seen: dict[str, int] = {}
         self._plans: dict[str, int] = {}
         self._lock = threading.Lock()
         self.ready = False
         """Whether steps are being taken."""
         self._server, self._thread, self.port = _serve(port, host, self._answer)
+        self._closed = threading.Event()
+        self._textfile = textfile
+        if textfile:
+            threading.Thread(target=self._write_textfile, name="textfile", daemon=True).start()
+
+    def start_run(self, *, run: str, model: str, pretrained: str, step: int, steps: int, samples_per_step: int) -> None:
+        """What is known once the run has been claimed and its newest checkpoint restored."""
+        self._run.info({"run": run, "model": model, "pretrained": pretrained})
+        self._samples_per_step, self._last_step = samples_per_step, step
+        self._step.set(step)
+        self._steps.set(steps)
+
+    def start_training(self, seconds: float) -> None:
+        """The first step begins, so many seconds after the attempt."""
+        self.ready = True
+        self._resumed.set(seconds)
+
+    def row(self, row: Mapping[str, Any], *, steps: int, steps_per_epoch: float) -> None:
+        """A step, as the history has it."""
+        self._last_step = row["step"]
+        self._step.set(row["step"])
+        self._epoch.set(row["step"] / steps_per_epoch)
+        self._eta.set((steps - row["step"]) * row["seconds"])
+        self._lr.set(row["lr"])
+        self._duration.observe(row["seconds"])
+        self._rate.set(self._samples_per_step / max(row["seconds"], 1e-9))
+        self._skipped.labels(reason="undecodable").inc(row["bad_samples"])
+        if row["loss"] is None or row["gradient_norm"] is None:
+            self._nonfinite.inc(row["pairs"] >= 2)
+            return
+        self._loss.set(row["loss"])
+        self._norm.set(row["gradient_norm"])
+        self._scale.set(row["logit_scale"])
+        self._right.set(row["right_caption_probability"])
+        for direction in ("image_to_text", "text_to_image"):
+            self._accuracy.labels(direction=direction).set(row[f"accuracy_{direction}"])
+
+    def evaluated(self, scores: Mapping[str, float]) -> None:
+        """Held-out metrics, by CLIP_benchmark's names."""
+        for name, value in scores.items():
+            kind, _, k = name.partition("_retrieval_recall@")
+            if k:
+                direction = {"text": "image_to_text", "image": "text_to_image"}[kind]
+                self._recall.labels(direction=direction, k=k).set(value)
+
+    def memory(self, kinds: Mapping[str, int]) -> None:
+        """Bytes of the GPU: allocated, reserved, peak."""
+        for kind, size in kinds.items():
+            self._memory.labels(kind=kind).set(size)
+
+    def complete(self) -> None:
+        self._completed.set(time.time())
 
     def staging(self, name: str, done_bytes: int, planned_bytes: int) -> None:
         """So many bytes of a remote file are here."""
@@ -69,11 +168,38 @@ class Metrics:
         """A try to send a checkpoint failed; it will be tried again."""
         self._saves.labels(result="failed").inc()
 
+    def of_ledger(self) -> Iterator[Metric]:
+        """What earlier attempts have a part in."""
+        ledger = self._ledger
+        seconds = CounterMetricFamily("clipjob_time_seconds", "Wall time of all attempts by what it went into.", labels=["state"])
+        for state, value in ledger.seconds.items():
+            seconds.add_metric([state], value)
+        yield seconds
+        yield GaugeMetricFamily("clipjob_goodput_ratio", "Share of the time in which steps were done that counted.", ledger.goodput)
+        yield CounterMetricFamily("clipjob_restarts", "Attempts after the first.", ledger.restarts)
+        yield CounterMetricFamily("clipjob_preemptions", "Attempts that were asked to stop.", ledger.preemptions)
+        yield CounterMetricFamily("clipjob_lost_steps", "Steps that had to be done again.", ledger.lost_steps)
+        done = (self._last_step + ledger.lost_steps) * self._samples_per_step
+        yield CounterMetricFamily("clipjob_samples", "Samples consumed, lost ones included.", done)
+
     def close(self) -> None:
+        self._closed.set()
+        if self._textfile:
+            self._write_once(self._textfile)
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
             self._thread.join()
+
+    def _write_textfile(self) -> None:
+        while self._textfile and not self._closed.wait(TEXTFILE_SECONDS):
+            self._write_once(self._textfile)
+
+    def _write_once(self, textfile: Path) -> None:
+        try:
+            write_to_textfile(str(textfile), self._registry)
+        except OSError as error:
+            log.warning("--metrics-textfile could not be written", extra={"file": str(textfile), "reason": error.strerror})
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Any:
         """The WSGI application."""
@@ -85,14 +211,22 @@ class Metrics:
         start_response("200 OK" if good else "503 Service Unavailable", [("Content-Type", "application/json")])
         return [json.dumps(status).encode() + b"\n"]
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, registry=self._registry)
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(name, text, labels, registry=self._registry)
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(name, text, labels, registry=self._registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, registry=self._registry, buckets=buckets)
+
+
+class _OfLedger(Collector):
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        return self._metrics.of_ledger()
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):

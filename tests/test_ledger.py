@@ -1,0 +1,139 @@
+"""The ledger's promises: every second has a state, sums survive restarts, and what a kill has cost is known to one beacon."""
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from system import Job, finish, newest_step, removed_afterwards, train_command
+
+from job.checkpoint.store import RunStore
+from job.runtime.ledger import STATES, Ledger
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def test_every_second_belongs_to_the_state_it_was_spent_in(clock: Clock) -> None:
+    ledger = Ledger(clock=clock, already=3.0)
+    for state, seconds in (("startup", 2.0), ("staging", 5.0), ("data_wait", 1.0), ("productive", 7.0), ("data_wait", 0.5)):
+        ledger.enter(state)
+        clock.now += seconds
+    assert ledger.seconds == dict.fromkeys(STATES, 0.0) | {"startup": 5.0, "staging": 5.0, "data_wait": 1.5, "productive": 7.0}
+    assert ledger.total_seconds == clock.now - 100.0 + 3.0
+    assert ledger.goodput == pytest.approx(7.0 / 18.5)
+
+
+def test_a_state_within_another_returns_to_it_whatever_happens(clock: Clock) -> None:
+    ledger = Ledger(clock=clock)
+    ledger.enter("productive")
+    clock.now += 1
+    with contextlib.suppress(RuntimeError), ledger.within("evaluate"):
+        clock.now += 10
+        raise RuntimeError
+    clock.now += 2
+    assert (ledger.seconds["productive"], ledger.seconds["evaluate"]) == (3.0, 10.0)
+
+
+def at(clock: Clock, **seconds: float) -> Ledger:
+    """A ledger after so many seconds of each state."""
+    ledger = Ledger(clock=clock)
+    for state, spent in seconds.items():
+        ledger.enter(state)
+        clock.now += spent
+    ledger.enter("startup")
+    return ledger
+
+
+def test_a_graceful_restart_goes_on_adding(clock: Clock) -> None:
+    first = at(clock, startup=4, productive=20).to_json()
+    second = at(clock, startup=5)
+    second.go_on(first, step=10, beacon={"step": 10, "ledger": first}, restarts=1, preempted=True)
+    assert (second.seconds["startup"], second.seconds["productive"], second.seconds["recompute"]) == (9.0, 20.0, 0.0)
+    assert (second.restarts, second.preemptions, second.lost_steps) == (1, 1, 0)
+
+
+def test_what_came_after_the_last_commit_is_lost(clock: Clock) -> None:
+    first = at(clock, startup=4, productive=20)
+    committed = first.to_json()
+    for state, seconds in (("data_wait", 1), ("productive", 6), ("evaluate", 2)):
+        first.enter(state)
+        clock.now += seconds
+    beacon = {"step": 13, "ledger": first.to_json()}
+    second = at(clock, startup=5)
+    second.go_on(committed, step=10, beacon=beacon, restarts=1, preempted=False)
+    assert second.seconds["recompute"] == 9.0
+    assert second.seconds["productive"] == 20.0
+    assert second.total_seconds == 4 + 20 + 9 + 5
+    assert second.lost_steps == 3
+
+
+def test_attempts_that_die_before_a_commit_add_up(clock: Clock) -> None:
+    """The third starts from the commit that the second started from; the second's beacon carries what the first had lost."""
+    committed = at(clock, startup=4, productive=20).to_json()
+    second = at(clock, startup=5)
+    second.go_on(committed, step=10, beacon={"step": 13, "ledger": committed}, restarts=1, preempted=False)
+    second.enter("productive")
+    clock.now += 8
+    beacon = {"step": 14, "ledger": second.to_json()}
+    third = at(clock, startup=6)
+    third.go_on(committed, step=10, beacon=beacon, restarts=2, preempted=False)
+    assert third.lost_steps == 3 + 4
+    assert third.seconds["recompute"] == 8.0
+    assert third.seconds["startup"] == 4 + 5 + 6
+
+
+def test_a_run_from_before_there_was_a_ledger_goes_on(clock: Clock) -> None:
+    ledger = at(clock, startup=2)
+    ledger.go_on({}, step=7, beacon=None, restarts=3, preempted=False)
+    assert ledger.total_seconds == 2.0
+    assert ledger.restarts == 3
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    with removed_afterwards(tmp_path / "runs") as place:
+        yield place
+
+
+def ledger_of(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = RunStore(str(run)).commits()[0].info["ledger"]
+    return found
+
+
+@pytest.mark.system
+def test_states_add_up_to_wall_time_through_a_kill(folder: Path) -> None:
+    run = folder / "run"
+    settings = {"global_batch_size": 16, "val_fraction": 0.02, "evaluate_every": 0, "torch_threads": 1, "checkpoint_every": 30}
+    command = train_command(run, scratch=folder / "scratch", max_steps=120, **settings)
+    with Job(*command) as job:
+        job.until(lambda: newest_step(run) >= 30, "step 30")
+        job.until(lambda: max((line["step"] for line in job.seen("step")), default=0) >= 45, "step 45")
+        job.send(signal.SIGKILL)
+        job.end()
+        killed_after = time.monotonic() - job.started
+    beacon = json.loads((run / "attempts" / "000001-beacon.json").read_text(encoding="utf-8"))
+    began = time.monotonic()
+    finish(command)
+    last = ledger_of(run)
+    wall = killed_after + time.monotonic() - began
+    total = sum(last["seconds"].values())
+    # Known to one beacon of 10 seconds; the end of the last attempt (exports, the interpreter's exit) comes after its last commit.
+    assert wall - 10.0 - 4.0 < total <= wall
+    assert last["restarts"] == 1
+    assert 0 <= last["lost_steps"] == max(0, beacon["step"] - 30)
+    assert (last["seconds"]["recompute"] > 0) == (last["lost_steps"] > 0 or beacon["step"] >= 30)
