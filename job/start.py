@@ -26,7 +26,6 @@ from job.model.optimizer import make_optimizer
 from job.model.step import StepSettings
 from job.model.towers import lengths_of
 from job.runtime.device import autocast_dtype, decode_threads
-from job.runtime.ledger import Ledger
 from job.runtime.metrics import Metrics
 from job.runtime.watchdog import Watchdog
 from job.storage import files
@@ -100,7 +99,7 @@ def _fetch_export(run: str, scratch: Path, *, check: Callable[[], None]) -> Path
     )
 
 
-def make_metrics(config: Config, *, watchdog: Watchdog, ledger: Ledger, is_first: bool) -> Metrics:
+def make_metrics(config: Config, *, watchdog: Watchdog, is_first: bool) -> Metrics:
     """Rank 0's are seen; the others count for nobody. Close it."""
     textfile = None
     if config.metrics_textfile and is_first:
@@ -110,7 +109,6 @@ def make_metrics(config: Config, *, watchdog: Watchdog, ledger: Ledger, is_first
         host=config.metrics_host,
         textfile=textfile,
         watchdog=watchdog,
-        ledger=ledger,
         build=versions(),
     )
 

@@ -100,7 +100,7 @@ def train(config: Config, *, store: RunStore, stop: StopSignal, ranks: Ranks = A
         keep_freed_memory()
         if world.is_first:
             check_storage(config.run)
-        metrics = make_metrics(config, watchdog=watchdog, ledger=ledger, is_first=world.is_first)
+        metrics = make_metrics(config, watchdog=watchdog, is_first=world.is_first)
         closing.callback(metrics.close)
         progress = closing.enter_context(contextlib.closing(StagingProgress(also=metrics.staging, live=world.is_first)))
         scratch = closing.enter_context(working_folder(config.scratch, run=config.run))
@@ -166,6 +166,7 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
     world.meet()  # all have read it
     shutil.rmtree(attempt.scratch / "restored", ignore_errors=True)
     count_earlier_attempts(attempt, restored)
+    metrics.evaluated(state.after)
 
     row_count, batch_size = len(dataset.train_rows), config.global_batch_size
     steps_per_epoch = row_count / batch_size
@@ -181,7 +182,7 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
 
     with contextlib.ExitStack() as closing:
         if world.is_first:
-            beacon = Beacon(store, lambda: {"step": state.step, "ledger": ledger.to_json()})
+            beacon = Beacon(store, lambda: {"step": state.step, "ledger": ledger.to_json()}, on_written=metrics.tell)
             closing.callback(beacon.close)
         progress = Progress(
             steps=steps, done=state.step, every=config.log_every, steps_per_epoch=steps_per_epoch, live=world.is_first
@@ -262,7 +263,7 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
             if batch is None:  # a signal came while the next batch was being decoded
                 continue
             data_wait = time.monotonic() - began
-            ledger.enter("productive")
+            ledger.enter("recompute" if state.step < ledger.recompute_until else "productive")
             if not metrics.ready:
                 seconds = round(process_age_seconds(), 3)
                 metrics.start_training(seconds)

@@ -32,12 +32,17 @@ def read_beacon(run: str, *, before: int, since: int) -> dict[str, Any] | None:
 class Beacon:
     """Writes one every EVERY_SECONDS until it is closed, the first at once. A store that fails is not waited for.
 
-    Args: content: "step" and "ledger"; called on another thread.
+    Args:
+        content: "step" and "ledger"; called on another thread.
+        on_written: called there with what was written: from now on the next attempt knows it.
     """
 
-    def __init__(self, store: RunStore, content: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(
+        self, store: RunStore, content: Callable[[], Mapping[str, Any]], *, on_written: Callable[[Mapping[str, Any]], None]
+    ) -> None:
         self._uri = files.join(store.uri, "attempts", f"{store.attempt:06}-beacon.json")
         self._content = content
+        self._on_written = on_written
         self._closed = threading.Event()
         threading.Thread(target=self._run, name="beacon", daemon=True).start()
 
@@ -47,7 +52,9 @@ class Beacon:
     def _run(self) -> None:
         while True:
             try:
-                files.write_bytes(self._uri, encode(self._content()))
+                content = self._content()
+                files.write_bytes(self._uri, encode(content))
+                self._on_written(content)
             except JobError as error:
                 log.debug("no beacon could be written", extra={"reason": str(error)})
             if self._closed.wait(EVERY_SECONDS):

@@ -1,8 +1,8 @@
 """Where the wall time of a run went, across all its attempts, and what kills have cost.
 
 Every second belongs to one state. The sums travel in the commits. Between commits a beacon in the run says how far an attempt came,
-so after a `kill -9` its time is known to one beacon. What it had done since its last commit has to be done again: that time is
-`recompute`.
+so after a `kill -9` its time is known to one beacon. Steps done since the last commit are done again: that is `recompute`. No sum
+ever falls, whatever was lost.
 """
 
 import contextlib
@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 STATES = ("productive", "data_wait", "checkpoint_stall", "evaluate", "startup", "staging", "restore", "recompute")
-_NEVER_LOST = ("startup", "staging", "restore", "recompute")
-"""Time that no commit could have saved."""
 
 
 class Ledger:
@@ -32,6 +30,8 @@ class Ledger:
         """Attempts that ended because they were asked to."""
         self.lost_steps = 0
         """Steps that were done and have to be done again."""
+        self.recompute_until = 0
+        """The last step that an earlier attempt is known to have done."""
 
     def enter(self, state: str) -> None:
         """From now on time belongs to this state."""
@@ -70,6 +70,7 @@ class Ledger:
             "restarts": self.restarts,
             "preemptions": self.preemptions,
             "lost_steps": self.lost_steps,
+            "recompute_until": self.recompute_until,
         }
 
     def go_on(
@@ -80,25 +81,20 @@ class Ledger:
         Args:
             committed: the ledger in the commit that this attempt goes on from; empty, if it has none.
             step: of that commit.
-            beacon: the newest one of an earlier attempt: its "step" and "ledger".
+            beacon: the newest one of an earlier attempt: its "step" and "ledger", which holds all that was before it.
             preempted: whether the attempt before was asked to stop.
         """
-        before = committed.get("seconds", {})
-        self._add(before)
+        last = beacon["ledger"] if beacon else {}
+        for state in STATES:
+            self._seconds[state] += max(float(found.get("seconds", {}).get(state, 0.0)) for found in (committed, last))
         self.restarts = restarts
-        self.preemptions, self.lost_steps = (int(committed.get(name, 0)) for name in ("preemptions", "lost_steps"))
-        if beacon is not None:
-            last = beacon["ledger"]
-            since = {name: max(0.0, last["seconds"].get(name, 0.0) - before.get(name, 0.0)) for name in STATES}
-            self._add({name: seconds for name, seconds in since.items() if name in _NEVER_LOST})
-            self._add({"recompute": sum(seconds for name, seconds in since.items() if name not in _NEVER_LOST)})
-            self.preemptions = max(self.preemptions, int(last["preemptions"]))
-            self.lost_steps = max(self.lost_steps, int(last["lost_steps"]) + max(0, int(beacon["step"]) - step))
-        self.preemptions += preempted
-
-    def _add(self, seconds: Mapping[str, float]) -> None:
-        for name in STATES:
-            self._seconds[name] += float(seconds.get(name, 0.0))
+        reached = int(beacon["step"]) if beacon else step
+        lost_before, preemptions, until = (
+            max(int(found.get(name, 0)) for found in (committed, last)) for name in ("lost_steps", "preemptions", "recompute_until")
+        )
+        self.preemptions = preemptions + preempted
+        self.lost_steps = lost_before + max(0, reached - step)
+        self.recompute_until = max(until, reached)
 
 
 def process_age_seconds() -> float:

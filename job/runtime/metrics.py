@@ -15,7 +15,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from job.runtime.ledger import Ledger
 from job.runtime.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -34,7 +33,6 @@ class Metrics:
         host: the address to listen on.
         textfile: written every TEXTFILE_SECONDS with the same, for node_exporter where nothing scrapes jobs.
         watchdog: whose heartbeat /healthz shows: 503 when it is too old. /readyz is 200 once steps are taken.
-        ledger: time and losses of all attempts, which become counters that survive restarts.
         build: versions, for clipjob_build_info.
     """
 
@@ -45,14 +43,12 @@ class Metrics:
         host: str = "127.0.0.1",
         textfile: Path | None = None,
         watchdog: Watchdog | None = None,
-        ledger: Ledger | None = None,
         build: Mapping[str, str] | None = None,
     ) -> None:
         self._registry = CollectorRegistry()
         self._watchdog = watchdog or Watchdog(limit_seconds=0)
-        self._ledger = ledger or Ledger()
+        self._beacon: Mapping[str, Any] | None = None
         self._samples_per_step = 0
-        self._last_step = 0
         Info("clipjob_build", "Versions of what runs.", registry=self._registry).info(dict(build or {}))
         self._run = Info("clipjob_run", "Which run this is.", registry=self._registry)
         self._gauge("clipjob_last_heartbeat_timestamp_seconds", "When the job last got on.").set_function(lambda: self._watchdog.at)
@@ -102,7 +98,7 @@ class Metrics:
     def start_run(self, *, run: str, model: str, pretrained: str, step: int, steps: int, samples_per_step: int) -> None:
         """What is known once the run has been claimed and its newest checkpoint restored."""
         self._run.info({"run": run, "model": model, "pretrained": pretrained})
-        self._samples_per_step, self._last_step = samples_per_step, step
+        self._samples_per_step = samples_per_step
         self._step.set(step)
         self._steps.set(steps)
 
@@ -113,7 +109,6 @@ class Metrics:
 
     def row(self, row: Mapping[str, Any], *, steps: int, steps_per_epoch: float) -> None:
         """A step, as the history has it."""
-        self._last_step = row["step"]
         self._step.set(row["step"])
         self._epoch.set(row["step"] / steps_per_epoch)
         self._eta.set((steps - row["step"]) * row["seconds"])
@@ -168,18 +163,25 @@ class Metrics:
         """A try to send a checkpoint failed; it will be tried again."""
         self._saves.labels(result="failed").inc()
 
+    def tell(self, beacon: Mapping[str, Any]) -> None:
+        """What the run's beacon says: its counters are those of all attempts, and a later one can't fall behind them."""
+        self._beacon = beacon
+
     def of_ledger(self) -> Iterator[Metric]:
-        """What earlier attempts have a part in."""
-        ledger = self._ledger
+        """What earlier attempts have a part in; nothing before that is known."""
+        if self._beacon is None:
+            return
+        step, ledger = self._beacon["step"], self._beacon["ledger"]
         seconds = CounterMetricFamily("clipjob_time_seconds", "Wall time of all attempts by what it went into.", labels=["state"])
-        for state, value in ledger.seconds.items():
+        for state, value in ledger["seconds"].items():
             seconds.add_metric([state], value)
         yield seconds
-        yield GaugeMetricFamily("clipjob_goodput_ratio", "Share of the time in which steps were done that counted.", ledger.goodput)
-        yield CounterMetricFamily("clipjob_restarts", "Attempts after the first.", ledger.restarts)
-        yield CounterMetricFamily("clipjob_preemptions", "Attempts that were asked to stop.", ledger.preemptions)
-        yield CounterMetricFamily("clipjob_lost_steps", "Steps that had to be done again.", ledger.lost_steps)
-        done = (self._last_step + ledger.lost_steps) * self._samples_per_step
+        goodput = ledger["seconds"]["productive"] / max(sum(ledger["seconds"].values()), 1e-9)
+        yield GaugeMetricFamily("clipjob_goodput_ratio", "Share of the time in which steps were done that counted.", goodput)
+        yield CounterMetricFamily("clipjob_restarts", "Attempts after the first.", ledger["restarts"])
+        yield CounterMetricFamily("clipjob_preemptions", "Attempts that were asked to stop.", ledger["preemptions"])
+        yield CounterMetricFamily("clipjob_lost_steps", "Steps that had to be done again.", ledger["lost_steps"])
+        done = (step + ledger["lost_steps"]) * self._samples_per_step
         yield CounterMetricFamily("clipjob_samples", "Samples consumed, lost ones included.", done)
 
     def close(self) -> None:

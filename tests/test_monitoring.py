@@ -1,0 +1,168 @@
+"""Alerts and dashboard against the real thing: promtool, and a Prometheus that scrapes a real run through a kill and a resume."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from system import Job, removed_afterwards, train_command
+
+from job.runtime.metrics import Metrics
+
+ROOT = Path(__file__).parents[1]
+MONITORING = ROOT / "monitoring"
+sys.path.insert(0, str(MONITORING))
+needs_prometheus = pytest.mark.skipif(
+    shutil.which("prometheus") is None or shutil.which("promtool") is None, reason="needs Debian's package prometheus"
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def promtool(*words: str, given: str = "") -> str:
+    found = subprocess.run(["promtool", *words], input=given, capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout + found.stderr
+
+
+@needs_prometheus
+def test_alerts_are_valid_and_fire_when_they_should() -> None:
+    promtool("check", "rules", str(MONITORING / "alerts.yaml"))
+    promtool("test", "rules", str(MONITORING / "alerts_test.yaml"))
+
+
+def test_every_alert_has_a_test_of_firing() -> None:
+    rules, tests = ((MONITORING / name).read_text(encoding="utf-8") for name in ("alerts.yaml", "alerts_test.yaml"))
+    alerts = [line.split(":")[1].strip() for line in rules.splitlines() if line.strip().startswith("- alert:")]
+    assert len(alerts) == 9
+    assert not [alert for alert in alerts if f"alertname: {alert}\n        exp_alerts:\n" not in tests]
+
+
+@needs_prometheus
+def test_metrics_follow_the_conventions() -> None:
+    metrics = Metrics(port=free_port())
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics.port}/metrics", timeout=10) as reply:
+            said = promtool("check", "metrics", given=reply.read().decode())
+    finally:
+        metrics.close()
+    assert said.strip() == ""
+
+
+def test_the_dashboard_is_what_its_script_prints_and_every_panel_is_complete() -> None:
+    from dashboard import dashboard  # type: ignore[import-not-found]
+
+    found = json.loads((MONITORING / "dashboard.json").read_text(encoding="utf-8"))
+    assert found == dashboard()
+    panels = [panel for panel in found["panels"] if panel["type"] != "row"]
+    assert [variable["name"] for variable in found["templating"]["list"]] == ["datasource", "job", "instance"]
+    assert len({panel["id"] for panel in found["panels"]}) == len(found["panels"])
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in found["panels"]]
+    assert len(set(places)) == len(places)
+    for panel in panels:
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert panel["targets"], panel["title"]
+        assert panel["datasource"]["uid"] == "${datasource}"
+
+
+class Prometheus:
+    """A server of its own, with its data in a temporary folder."""
+
+    def __init__(self, folder: Path, *, target: int) -> None:
+        self.port = free_port()
+        folder.mkdir()
+        (folder / "prometheus.yml").write_text(
+            "global: {scrape_interval: 1s}\n"
+            "scrape_configs:\n"
+            f"  - {{job_name: clipjob, static_configs: [{{targets: ['127.0.0.1:{target}']}}]}}\n"
+        )
+        self.process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={folder}/prometheus.yml",
+                f"--storage.tsdb.path={folder}/data",
+                f"--web.listen-address=127.0.0.1:{self.port}",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def query(self, expression: str, *, path: str = "query", **more: Any) -> list[dict[str, Any]]:
+        """The result of an instant query; of a range with start, end and step."""
+        words = urllib.parse.urlencode({"query": expression, **more})
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/v1/{path}?{words}", timeout=10) as reply:
+                found: list[dict[str, Any]] = json.load(reply)["data"]["result"]
+                return found
+        except OSError:
+            return []
+
+    def value(self, expression: str) -> float | None:
+        found = self.query(expression)
+        return float(found[0]["value"][1]) if found else None
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    with removed_afterwards(tmp_path / "runs") as place:
+        yield place
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + 90
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+    return found
+
+
+@needs_prometheus
+@pytest.mark.system
+def test_prometheus_follows_a_run_through_a_kill(folder: Path) -> None:
+    from dashboard import GPU, PANELS
+
+    port = free_port()
+    settings = {"global_batch_size": 16, "val_fraction": 0.02, "evaluate_every": 100, "checkpoint_every": 20, "torch_threads": 1}
+    command = train_command(
+        folder / "run", scratch=folder / "scratch", max_steps=100000, metrics_port=port, metrics_host="127.0.0.1", **settings
+    )
+    prometheus = Prometheus(folder / "prometheus", target=port)
+    try:
+        began = time.time()
+        with Job(*command) as job:
+            until(lambda: (prometheus.value("clipjob_checkpoint_last_success_step") or 0) >= 20, "a checkpoint of step 20")
+            before = until(lambda: prometheus.value("clipjob_samples_total"), "samples")
+            job.send(signal.SIGKILL)
+            job.end()
+        with Job(*command) as job:
+            until(lambda: prometheus.value("clipjob_restarts_total") == 1, "the second attempt")
+            until(lambda: (prometheus.value("clipjob_samples_total") or 0) > before, "more samples than before the kill")
+            time.sleep(6)  # rates want a few scrapes
+            for row, panels in PANELS.items():
+                for title, _, _, queries in panels if row != GPU else ():
+                    for query in queries.values():
+                        filled = query.replace("$job", ".*").replace("$instance", ".*").replace("$__rate_interval", "10s")
+                        assert prometheus.query(filled.replace("[5m]", "[60s]")), f"{title}: {filled}"
+            assert prometheus.value("clipjob_goodput_ratio") > 0
+            for counter in ("clipjob_samples_total", "clipjob_lost_steps_total", "clipjob_time_seconds_total"):
+                for series in prometheus.query(counter, path="query_range", start=began, end=time.time(), step=1):
+                    values = [float(value) for _, value in series["values"]]
+                    assert values == sorted(values), (counter, series["metric"])
+            job.send(signal.SIGTERM)
+            assert job.end() == 75
+    finally:
+        prometheus.process.kill()
+        prometheus.process.wait()
