@@ -38,8 +38,10 @@ bench: $(VENV)/dev  ## All benchmarks, tables to benchmarks/results
 	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup.md
 	$(BIN)/python -m benchmarks.demo --out benchmarks/results/demo.md
 
-docs: $(VENV)/run  ## Write docs/configuration.md anew from the code
+docs: $(VENV)/run  ## Write what is computed from code: configuration, scaling, dashboard
 	$(BIN)/python docs/configuration.py > docs/configuration.md
+	$(BIN)/python docs/scaling.py > docs/scaling.md
+	$(BIN)/python monitoring/dashboard.py > monitoring/dashboard.json
 
 lock:  ## Resolve all dependencies anew (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade --generate-hashes \

@@ -131,9 +131,8 @@ def main() -> None:
     print("\n## What follows\n")
     for model in models:
         for batch in (4096, 32768):
-            fast, slow = (
-                most_gpus(model, batch=batch, node_bytes=each) for each in (NIC_BYTES * GPUS_PER_NODE, ETHERNET_NODE_BYTES)
-            )
+            networks = NIC_BYTES * GPUS_PER_NODE, ETHERNET_NODE_BYTES
+            fast, slow = (most_gpus(model, batch=batch, node_bytes=node_bytes) for node_bytes in networks)
             print(
                 f"- {model.name}, global batch {batch}: four fifths of the time are compute up to {fast} GPUs with 400 Gb/s each, "
                 f"up to {slow} with 100 Gb/s per node."
@@ -144,15 +143,15 @@ def main() -> None:
 INTRODUCTION = f"""# What limits 8, 64, 512 GPUs
 
 Computed by `docs/scaling.py` from open_clip's model configs and the bandwidths named there; nothing here was measured on such
-a machine. H100 SXM, {GPUS_PER_NODE} per node; towers at {COMPUTE_SHARE:.0%} of the bf16 peak, links at {WIRE_SHARE:.0%} of their rate;
-texts of {TEXT_TOKENS} tokens.
+a machine. H100 SXM, {GPUS_PER_NODE} per node; towers at {COMPUTE_SHARE:.0%} of the bf16 peak, links at {WIRE_SHARE:.0%} of
+their rate; texts of {TEXT_TOKENS} tokens.
 """
 
-STEP = """A step is its compute, plus the all-reduce of gradients that the backward pass (two thirds of compute) does not hide, plus the
-gather of all features, plus the loss: six products of a rank's rows with the whole batch, in float32."""
+STEP = """A step is its compute, plus the all-reduce of gradients that the backward pass (two thirds of compute) does not hide, plus
+the gather of all features, plus the loss: six products of a rank's rows with the whole batch, in float32."""
 
-CONCLUSIONS = """- The global batch belongs to the run, so more GPUs mean fewer pairs for each, while gradients cost the same. A larger batch is
-  what lets more GPUs help, and it is another run with other learning.
+CONCLUSIONS = """- The global batch belongs to the run, so more GPUs mean fewer pairs for each, while gradients cost the same. A larger
+  batch is what lets more GPUs help, and it is another run with other learning.
 - Fine-tuning sets of 5 thousand to 10 million images need few GPUs for long: 8 in one machine see no network at all."""
 
 
@@ -162,10 +161,10 @@ def what_else_grows(model: Model) -> str:
     return f"""
 ## What else grows
 
-- **Memory of the loss** at a global batch of {batch}, D = {model.width}: {batch * 2 * model.width * 4 / 1e6:.0f} MB of features and a fixed
-  chunk of similarities; the whole matrix would be {batch**2 * 4 / 1e9:.1f} GB. It does not limit.
-- **Checkpoints** of {model.name}: {checkpoint / 1e9:.2f} GB in all, however many GPUs; on {nodes} each sends {checkpoint / nodes / 1e6:.0f} MB.
-  The stall is a copy over PCIe, {ms(checkpoint / 8 / PCIE_BYTES)} on 8 GPUs, less on more.
+- **Memory of the loss** at a global batch of {batch}, D = {model.width}: {batch * 2 * model.width * 4 / 1e6:.0f} MB of features
+  and a fixed chunk of similarities; the whole matrix would be {batch**2 * 4 / 1e9:.1f} GB. It does not limit.
+- **Checkpoints** of {model.name}: {checkpoint / 1e9:.2f} GB in all, however many GPUs; on {nodes} each sends
+  {checkpoint / nodes / 1e6:.0f} MB. The stall is a copy over PCIe, {ms(checkpoint / 8 / PCIE_BYTES)} on 8 GPUs, less on more.
 - **Staging**: every node takes all data. 10 GB (400 000 packed images) take {10 / store:.0f} s, 250 GB (10 million)
   {250 / store:.0f} s at {store:.0f} GB/s; {nodes} nodes at once ask {nodes * store:.0f} GB/s of the store.
 - **Votes and figures**: two small reductions per step, beside it."""

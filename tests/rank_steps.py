@@ -3,6 +3,8 @@
 Writes <folder>/rank0.pt: case -> (row of the history, gradients by parameter), after the step.
 """
 
+import copy
+import functools
 import itertools
 import os
 import sys
@@ -55,11 +57,16 @@ CASES = [
 ]
 
 
+@functools.cache
+def base(folder: Path) -> ClipModel:
+    return load_base(folder / "base")
+
+
 def clip_of(folder: Path, case: Case) -> ClipModel:
     """The same weights in every process."""
-    clip = load_base(folder / "base")
-    dtype = getattr(torch, case.dtype)
-    return replace(clip, module=clip.module.to(dtype).train(), shift=clip.shift.to(dtype), scale=clip.scale.to(dtype))
+    clip, dtype = base(folder), getattr(torch, case.dtype)
+    module = copy.deepcopy(clip.module).to(dtype).train()
+    return replace(clip, module=module, shift=clip.shift.to(dtype), scale=clip.scale.to(dtype))
 
 
 def texts_of(case: Case) -> list[str]:

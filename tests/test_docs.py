@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -18,6 +20,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_configuration_page_is_what_the_code_prints() -> None:
     page = runpy.run_path(str(ROOT / "docs" / "configuration.py"))["page"]()
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == page
+
+
+def test_scaling_page_is_what_its_script_prints() -> None:
+    printed = subprocess.run([sys.executable, "docs/scaling.py"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8") == printed
 
 
 def test_exit_codes_in_readme_are_those_of_the_program() -> None:
