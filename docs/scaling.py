@@ -150,8 +150,8 @@ their rate; texts of {TEXT_TOKENS} tokens.
 STEP = """A step is its compute, plus the all-reduce of gradients that the backward pass (two thirds of compute) does not hide, plus
 the gather of all features, plus the loss: six products of a rank's rows with the whole batch, in float32."""
 
-CONCLUSIONS = """- The global batch belongs to the run, so more GPUs mean fewer pairs for each, while gradients cost the same. A larger
-  batch is what lets more GPUs help, and it is another run with other learning.
+CONCLUSIONS = """- The global batch belongs to the run, so more GPUs mean fewer pairs for each, while gradients cost the same. A
+  larger batch is what lets more GPUs help, and it is another run with other learning.
 - Fine-tuning sets of 5 thousand to 10 million images need few GPUs for long: 8 in one machine see no network at all."""
 
 
