@@ -164,6 +164,29 @@ def inspect(run: str, as_json: bool, verify: bool) -> int:
 
 
 @cli.command()
+@click.argument("run")
+@click.option("--every", type=click.FloatRange(1), default=10.0, show_default=True, metavar="SECONDS", help="Look again so often.")
+@click.option("--once", is_flag=True, help="Look once.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, once.")
+def watch(run: str, every: float, once: bool, as_json: bool) -> int:
+    """Follow a run from anywhere: progress, loss, recall, checkpoints, attempts, where the time goes.
+
+    Reads the run's files only, so it needs no way to where the job runs. Ends when the run is complete.
+    """
+    import time
+
+    from job.watch import render, snapshot
+
+    while True:
+        found = snapshot(_run_uri(run))
+        text = json.dumps(found, indent=2) if as_json else render(found, now=time.time())
+        click.echo(("\x1b[H\x1b[J" if sys.stdout.isatty() and not (once or as_json) else "") + text)
+        if once or as_json or found["result"]:
+            return 0
+        time.sleep(every)
+
+
+@cli.command()
 @click.argument("tag")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--model", default="ViT-B-32", show_default=True, help="open_clip model name.")

@@ -181,9 +181,6 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
     )
 
     with contextlib.ExitStack() as closing:
-        if world.is_first:
-            beacon = Beacon(store, lambda: {"step": state.step, "ledger": ledger.to_json()}, on_written=metrics.tell)
-            closing.callback(beacon.close)
         progress = Progress(
             steps=steps, done=state.step, every=config.log_every, steps_per_epoch=steps_per_epoch, live=world.is_first
         )
@@ -207,6 +204,9 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
             metrics.memory(device_memory(attempt.device))
 
         history = History(on_row)
+        if world.is_first:
+            far = lambda: {"step": state.step, "steps": steps, "row": history.last_row, "ledger": ledger.to_json()}  # noqa: E731
+            closing.callback(Beacon(store, far, on_written=metrics.tell).close)
         named: set[str] = set()  # images that can't be decoded, each told once
 
         def save(*, needed: str = "") -> None:

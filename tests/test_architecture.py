@@ -13,7 +13,7 @@ PACKAGE = ROOT / "job"
 
 RANKS = [
     {"__main__", "launch", "cli", "spawn"},
-    {"train", "attempt", "claim", "start", "inputs", "inspect_run", "result", "demo", "settings"},
+    {"train", "attempt", "claim", "start", "inputs", "inspect_run", "watch", "result", "demo", "settings"},
     {"evaluate"},
     {"model", "checkpoint"},
     {"data"},

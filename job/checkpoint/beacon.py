@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ class Beacon:
     """Writes one every EVERY_SECONDS until it is closed, the first at once. A store that fails is not waited for.
 
     Args:
-        content: "step" and "ledger"; called on another thread.
+        content: "step", "ledger" and what else a reader wants to know; called on another thread.
         on_written: called there with what was written: from now on the next attempt knows it.
     """
 
@@ -41,6 +42,7 @@ class Beacon:
         self, store: RunStore, content: Callable[[], Mapping[str, Any]], *, on_written: Callable[[Mapping[str, Any]], None]
     ) -> None:
         self._uri = files.join(store.uri, "attempts", f"{store.attempt:06}-beacon.json")
+        self._attempt = store.attempt
         self._content = content
         self._on_written = on_written
         self._closed = threading.Event()
@@ -52,7 +54,7 @@ class Beacon:
     def _run(self) -> None:
         while True:
             try:
-                content = self._content()
+                content = {"attempt": self._attempt, "at": time.time(), **self._content()}
                 files.write_bytes(self._uri, encode(content))
                 self._on_written(content)
             except JobError as error:

@@ -22,6 +22,8 @@ class History:
         self._on_row = on_row
         self._lines: list[str] = []
         self._unread: tuple[Report, float] | None = None
+        self.last_row: dict[str, Any] | None = None
+        """Of the last step that was read."""
         self._clock = time.monotonic()
 
     def add(self, report: Report, *, data_wait_seconds: float) -> None:
@@ -45,6 +47,7 @@ class History:
             row["seconds"] = round(time.monotonic() - self._clock, 6)
             self._clock = time.monotonic()
             self._lines.append(json.dumps(row) + "\n")
+            self.last_row = row
             self._on_row(row)
 
     def to_bytes(self) -> bytes:
