@@ -13,6 +13,7 @@ from job.checkpoint.store import FORMAT, Restored, RunStore, abort_uploads
 from job.config import FIELDS, Config, flag
 from job.data.dataset import Dataset
 from job.errors import AccessError, JobError, ResumeError, Stopped, StorageError, TrainingError
+from job.runtime.log import always_with
 from job.storage import files
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ def claim_run(config: Config, attempt: Attempt, dataset: Dataset) -> None:
         store.claim(describe_attempt(attempt))
         abort_uploads(store.uri)
     store.attempt = world.share("attempt", lambda: store.attempt)
+    always_with(run=config.run, attempt=store.attempt)
     if not world.is_first:
         compare_with_run(config, store, dataset)
 

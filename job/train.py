@@ -43,6 +43,7 @@ from job.result import diverged, too_many_bad_samples
 from job.runtime.device import choose_device, choose_precision, cores_of_rank, device_failure, device_memory
 from job.runtime.history import History
 from job.runtime.ledger import Ledger, process_age_seconds
+from job.runtime.log import always_with
 from job.runtime.memory import keep_freed_memory
 from job.runtime.progress import Progress, StagingProgress
 from job.runtime.ranks import ALONE, Ranks
@@ -133,7 +134,7 @@ def run_attempt(config: Config, attempt: Attempt) -> Outcome:
     stop.check("opening the data")
     claim_run(config, attempt, dataset)
     facts = {"device": str(attempt.device), "precision": config.precision, "ranks": world.size}
-    log.info("attempt", extra={"run": config.run, "attempt": store.attempt, **facts})
+    log.info("attempt", extra=facts)
     try:
         if base_is_new:
             store.put_folder("base", base)
@@ -255,6 +256,7 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
                 break
 
             world.at_step(state.step)
+            always_with(step=state.step)
             attempt.watchdog.beat("training")
             agreement.vote()
             ledger.enter("data_wait")

@@ -11,8 +11,16 @@ from job.runtime.ranks import ALONE, Ranks
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
+_context: dict[str, Any] = {}
+
+
+def always_with(**fields: Any) -> None:
+    """Fields of every line from now on: run, attempt, rank, step."""
+    _context.update(fields)
+
+
 class JsonLines(logging.Formatter):
-    """One line per event: time, level, event, and the fields given as `extra`."""
+    """One line per event: time, level, event, what stands in every line, and the fields given as `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -20,6 +28,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "event": record.getMessage(),
         }
+        line |= _context
         line |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -56,12 +65,7 @@ def set_up_logging(ranks: Ranks = ALONE) -> None:
     handler.setFormatter(ShortLines() if terminal else JsonLines())
     handler.addFilter(lambda record: record.name != "root" or record.levelno >= logging.ERROR)  # open_clip warns of normal cases
     if ranks.size > 1:
-        handler.addFilter(lambda record: _with_rank(record, ranks.rank))
+        always_with(rank=ranks.rank)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("job").setLevel(logging.WARNING if ranks.rank else logging.INFO)
     logging.captureWarnings(True)
-
-
-def _with_rank(record: logging.LogRecord, rank: int) -> bool:
-    record.rank = rank
-    return True
