@@ -154,9 +154,14 @@ def pack(stop: StopSignal, /, source: Path, output: Path, **options: Any) -> int
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--verify/--no-verify", default=True, help="Read every checkpoint and compare its hashes.")
-def inspect(run: str, as_json: bool, verify: bool) -> int:
+@click.option("--progress", is_flag=True, help="Print only: complete, the name of the newest checkpoint, or none. For scripts.")
+def inspect(run: str, as_json: bool, verify: bool, progress: bool) -> int:
     """Show a run: config, attempts, checkpoints (verified), progress."""
-    from job.inspect_run import inspect_run, to_text
+    from job.inspect_run import inspect_run, progress_of, to_text
+
+    if progress:
+        click.echo(progress_of(_run_uri(run)))
+        return 0
 
     found = inspect_run(_run_uri(run), verify=verify)
     click.echo(json.dumps(found, indent=2) if as_json else to_text(found))

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from job.checkpoint.commit import Commit, Rejection
+from job.checkpoint.commit import Commit, Rejection, commit_entries
 from job.checkpoint.store import RunStore
 from job.checkpoint.transfer import receive
 from job.errors import ConfigError
@@ -41,6 +41,13 @@ def inspect_run(uri: str, *, verify: bool) -> dict[str, Any]:
         "config": settings_of(stored),
         "data": stored["data"],
     }
+
+
+def progress_of(uri: str) -> str:
+    """complete, the name of the newest commit, or none: a scheduler's script compares it with what it was."""
+    if RunStore(uri).result() is not None:
+        return "complete"
+    return next((name for _, _, name in commit_entries(uri)), "none")
 
 
 def _verify(uri: str, commit: Commit) -> str:
