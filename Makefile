@@ -36,6 +36,7 @@ bench: $(VENV)/dev  ## All benchmarks, tables to benchmarks/results
 	$(BIN)/python -m benchmarks.checkpoint --out benchmarks/results/checkpoint.md
 	$(BIN)/python -m benchmarks.ranks --out benchmarks/results/ranks.md
 	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup.md
+	$(BIN)/python -m benchmarks.overhead --out benchmarks/results/overhead.md
 	$(BIN)/python -m benchmarks.demo --out benchmarks/results/demo.md
 
 docs: $(VENV)/run  ## Write what is computed from code: configuration, scaling, dashboard
