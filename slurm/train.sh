@@ -8,8 +8,8 @@
 # It is requeued after a signal, and after a crash if the run got on since; never when starting again can't help. docs/slurm.md
 #
 # Environment, all optional:
-#   CLIPJOB_<SETTING>    any setting of clipjob; CLIPJOB_RUN is the run [clipjob-<job> in the folder of sbatch]
-#   CLIPJOB              the command, such as "/opt/venv/bin/clipjob"      [clipjob]
+#   CLIPJOB_<SETTING>    any setting of clipjob; CLIPJOB_RUN (or --run) is the run   [<job name>-<job> in the folder of sbatch]
+#   CLIPJOB              the command, such as "/opt/venv/bin/clipjob"      [clipjob; else .venv/bin/clipjob of this project]
 #   CONTAINER_RUNTIME    none, pyxis, apptainer or podman                  [none]
 #   IMAGE, MOUNTS        the container's image, and folders it needs: /a:/a,/b:/b  [the folder of sbatch]
 #   MAX_REQUEUES         how often it may be requeued; 0: never            [100]
@@ -25,29 +25,60 @@
 #SBATCH --output=%x-%j.log
 
 set -u
-: "${CLIPJOB:=clipjob}" "${CONTAINER_RUNTIME:=none}" "${IMAGE:=}" "${MOUNTS:=$SLURM_SUBMIT_DIR:$SLURM_SUBMIT_DIR}" "${MAX_REQUEUES:=100}"
-: "${CLIPJOB_RUN:=$SLURM_SUBMIT_DIR/clipjob-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}" "${CLIPJOB_DEVICE:=cuda}"
+say() { echo "train.sh: $*" >&2; }
 
-# An element of slurm/sweep.sh: its own settings, its own run.
-if [ -n "${SWEEP:-}" ]; then
+# An element of an array is named like this: its first element's number alone would mean all of them.
+job=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+of_job() { scontrol show job "$job" 2>/dev/null | sed -n "s|.*\b$1=||p"; }
+script=$(of_job Command) # where it was submitted from: what runs is a copy
+script=${script%%train.sh*}train.sh
+
+: "${CONTAINER_RUNTIME:=none}" "${IMAGE:=}" "${MOUNTS:=$SLURM_SUBMIT_DIR:$SLURM_SUBMIT_DIR}" "${MAX_REQUEUES:=100}"
+: "${CLIPJOB_DEVICE:=cuda}"
+if [ -z "${CLIPJOB:-}" ]; then
+    CLIPJOB=clipjob
+    beside=$(dirname "$script")/../.venv/bin/clipjob
+    [ "$CONTAINER_RUNTIME" != none ] || command -v clipjob > /dev/null || [ ! -x "$beside" ] || CLIPJOB=$beside
+fi
+read -ra command <<< "$CLIPJOB"
+
+# The run is asked for its progress below, so it must be known here, however it is given.
+arguments=()
+submitted=("$@")
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --run) CLIPJOB_RUN=${2:-}; shift ;;
+        --run=*) CLIPJOB_RUN=${1#--run=} ;;
+        *) arguments+=("$1") ;;
+    esac
+    shift
+done
+if [ -n "${SWEEP:-}" ]; then # an element of slurm/sweep.sh: its own settings, its own run
     element=$(printf '%s\n' "$SWEEP" | sed -n "$((SLURM_ARRAY_TASK_ID + 1))p")
     IFS=' ' read -r CLIPJOB_MODEL CLIPJOB_LR CLIPJOB_WEIGHT_DECAY <<< "$element"
+    CLIPJOB_RUN=${CLIPJOB_RUN:-$SLURM_SUBMIT_DIR/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID}
     CLIPJOB_RUN="$CLIPJOB_RUN/${CLIPJOB_MODEL//\//-}-lr$CLIPJOB_LR-wd$CLIPJOB_WEIGHT_DECAY"
     export CLIPJOB_MODEL CLIPJOB_LR CLIPJOB_WEIGHT_DECAY
 fi
+: "${CLIPJOB_RUN:=$SLURM_SUBMIT_DIR/$SLURM_JOB_NAME-$job}"
 export CLIPJOB_RUN CLIPJOB_DEVICE
-arguments=("$@")
 
-case "${1:-}" in
-    "") if [ -n "${CLIPJOB_CSV:-}${CLIPJOB_CONFIG:-}" ]; then set -- train; else set -- demo; fi ;;
-    -*) set -- train "$@" ;;
+case "${arguments[0]:-}" in
+    "") if [ -n "${CLIPJOB_CSV:-}${CLIPJOB_CONFIG:-}" ]; then arguments=(train); else arguments=(demo); fi ;;
+    -*) arguments=(train "${arguments[@]}") ;;
 esac
 
-# Since Slurm 22.05 srun asks for one core per task, whatever sbatch was told.
-launch=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}")
+# Since Slurm 22.05 srun asks for one core per task, whatever sbatch was told. Ranks that end early leave the others time to save.
+launch=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0)
 inside=()
 case "$CONTAINER_RUNTIME" in
-    none) ;;
+    none)
+        if ! command -v "${command[0]}" > /dev/null; then
+            say "there is no ${command[0]} on $(hostname). Set CLIPJOB to the command, or CONTAINER_RUNTIME and IMAGE."
+            exit 2
+        fi
+        ;;
     pyxis) launch+=(--container-image="$IMAGE" --container-mounts="$MOUNTS" --no-container-mount-home) ;;
     apptainer) inside=(apptainer exec --nv --bind "$MOUNTS" "$IMAGE") ;;
     podman)
@@ -56,55 +87,71 @@ case "$CONTAINER_RUNTIME" in
         for folder in "${folders[@]}"; do inside+=(--volume "$folder"); done
         inside+=("$IMAGE")
         ;;
-    *) echo "train.sh: CONTAINER_RUNTIME must be none, pyxis, apptainer or podman; found $CONTAINER_RUNTIME" >&2; exit 2 ;;
+    *)
+        say "CONTAINER_RUNTIME must be none, pyxis, apptainer or podman; found $CONTAINER_RUNTIME"
+        exit 2
+        ;;
 esac
-read -ra command <<< "$CLIPJOB"
 
-# "complete", the name of the newest checkpoint, or "none". Steps of one job share its resources only if told to.
-progress() {
-    "${launch[@]}" --overlap --nodes=1 --ntasks=1 "${inside[@]}" "${command[@]}" inspect --progress "$CLIPJOB_RUN" 2>/dev/null ||
-        echo unknown
-}
+# "complete", the name of the newest checkpoint, "none", or "unknown" while storage doesn't answer.
+here=(timeout 300)
+[ "$CONTAINER_RUNTIME" != pyxis ] || here+=("${launch[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME")
+progress() { "${here[@]}" "${inside[@]}" "${command[@]}" inspect --progress "$CLIPJOB_RUN" 2>/dev/null || echo unknown; }
 
-before=$(mktemp)
-progress > "$before" & # beside the start of the job, which saves nothing before it has imported torch
+exec {before}< <(progress) # beside the start of the job, which saves nothing before it has imported torch
 
 # bash loses one of two traps that come close together, so there is only this one. TERM: preemption is over its grace, or a person
 # said scancel; both are for Slurm to decide, and a requeue by us would undo the scancel.
 term=""
 trap 'term=yes' TERM
-"${launch[@]}" "${inside[@]}" "${command[@]}" "$@" &
+"${launch[@]}" "${inside[@]}" "${command[@]}" "${arguments[@]}" &
 step=$!
-code=0
-while kill -0 "$step" 2>/dev/null; do # a trap ends wait early
-    wait "$step"
-    code=$?
-done
+wait "$step"
+while kill -0 "$step" 2>/dev/null; do wait "$step"; done # the trap ends wait early
+wait "$step"                                             # bash keeps the status of a child that has ended
+code=$?
 
 requeue() {
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
-        echo "train.sh: $1, but it was requeued ${SLURM_RESTART_COUNT:-0} times already (MAX_REQUEUES)" >&2
-    elif [ "$(squeue --noheader --format=%T --jobs "$SLURM_JOB_ID" 2>/dev/null)" != RUNNING ]; then
-        echo "train.sh: $1; Slurm is ending this job, so it is left to Slurm" >&2
-    elif scontrol requeue "$SLURM_JOB_ID"; then
-        echo "train.sh: $1; requeued" >&2
+        say "$1. It was requeued ${SLURM_RESTART_COUNT:-0} times, and MAX_REQUEUES is $MAX_REQUEUES"
+    elif [ "$(squeue --noheader --format=%T --jobs "$job" 2>/dev/null)" != RUNNING ]; then
+        say "$1. Slurm is ending this job, so it is left to Slurm"
+        exit "$code"
+    elif scontrol requeue "$job"; then
+        say "$1. Requeued"
+        [ -z "${2:-}" ] || scontrol update "JobId=$job" "ExcNodeList=$2" || say "node $2 could not be excluded"
         exec sleep 600 # leaving first would race with the requeue
     fi
-    echo "train.sh: to go on: CLIPJOB_RUN=$CLIPJOB_RUN sbatch slurm/train.sh ${arguments[*]}" >&2
+    give_up
+}
+
+give_up() {
+    say "to go on: CLIPJOB_RUN=$(printf %q "$CLIPJOB_RUN") sbatch [flags as before] $script$([ ${#submitted[@]} = 0 ] || printf ' %q' "${submitted[@]}")"
     exit "$code"
 }
 
 case "$code" in
     0) # a node that died leaves srun with 0 as well
-        [ "$(progress)" = complete ] && exit 0
+        [ "$(progress)" != complete ] || exit 0
         code=70
         ;;
     # permanent: bad settings, bad data, superseded, no access, a contradiction
     2 | 65 | 76 | 77 | 78) exit "$code" ;;
 esac
-[ -n "$term" ] && exit "$code"
-[ "$code" = 75 ] && requeue "saved at a signal"
-after=$(progress)
-[ "$after" != unknown ] && [ "$after" != "$(cat "$before")" ] && requeue "ended with $code, after progress"
-echo "train.sh: ended with $code and without a new checkpoint, so it is not requeued" >&2
-exit "$code"
+[ -z "$term" ] || exit "$code"
+# 138, 143: USR1 or TERM while Python itself was starting, as in a preemption with grace. There was nothing to save yet.
+case "$code" in
+    75) requeue "saved at a signal" ;;
+    138 | 143) requeue "ended by a signal while it started" ;;
+esac
+if [ "$code" = 71 ] && [ "$SLURM_JOB_NUM_NODES" = 1 ]; then # this node can't do it: another may; not for ever
+    excluded=$(of_job ExcNodeList)
+    [ "$excluded" != "(null)" ] || excluded=""
+    [ "$(scontrol show hostnames "$excluded" 2>/dev/null | wc -l)" -ge 3 ] ||
+        requeue "this node can't do it, another may" "${excluded:+$excluded,}$SLURM_JOB_NODELIST"
+fi
+read -r -u "$before" was || was=unknown
+now=$(progress)
+[ "$was" = unknown ] || [ "$now" = unknown ] || [ "$now" = "$was" ] || requeue "ended with $code, after progress"
+say "ended with $code and without a new checkpoint, so it is not requeued"
+give_up

@@ -1,9 +1,11 @@
 """A real Slurm on this host: munge, a controller, and nodes that are all this machine. It needs root and Debian's packages."""
 
+import contextlib
 import getpass
 import os
 import pwd
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -14,7 +16,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-NODES = ("n1", "n2", "n3")
+NODES = tuple(f"n{number}" for number in range(1, 10))
+GPUS = 8
+"""Of each node. They are null devices."""
+PARTITIONS = {
+    "main": "Nodes=n[1-2] Default=YES PriorityTier=1",
+    "grace": "Nodes=n3 PriorityTier=1 GraceTime=20",
+    "nograce": "Nodes=n4 PriorityTier=1 GraceTime=0",
+    "briefly": "Nodes=n5 PriorityTier=1 GraceTime=3",
+    "high": "Nodes=n[3-5] PriorityTier=10 PreemptMode=OFF",  # takes nodes from the three above
+    "mortal": "Nodes=n[6-7] PriorityTier=1",
+    "torn": "Nodes=n[8-9] PriorityTier=1",
+}
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 WAIT_SECONDS = 60
 
@@ -62,6 +75,9 @@ class Cluster:
         words = self.run("scontrol", "--oneliner", "show", "job", job, check=False).split()
         return next((word.split("=", 1)[1] for word in words if word.startswith(f"{name}=")), "")
 
+    def restarts(self, job: str) -> int:
+        return int(self.fact(job, "Restarts") or 0)
+
     def log(self, job: str) -> str:
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"*-{job}.log")))
 
@@ -77,6 +93,24 @@ class Cluster:
         command = ["slurmd", "-D", "-N", name, "-f", str(self.folder / "slurm.conf")]
         self.daemons[name] = self._start(command, name)
 
+    def kill_node(self, name: str) -> None:
+        """As if its plug were pulled: the daemon and all processes of its jobs."""
+        self.daemons[name].kill()
+        self.daemons[name].wait()
+        self.kill_processes(node=name)
+
+    def kill_processes(self, *, node: str = "") -> None:
+        """Ends what this cluster has started and no daemon waits for: steps, which have sessions of their own, and their jobs.
+        Their environment says whose they are. Args: node: only those of this one."""
+        mine = {int(path.parent.name): _variables(path) for path in Path("/proc").glob("[0-9]*/environ")}
+        conf = self.environment["SLURM_CONF"]
+        mine = {pid: found for pid, found in mine.items() if found.get("SLURM_CONF") == conf and pid != os.getpid()}
+        chosen = {pid for pid, found in mine.items() if node in ("", found.get("SLURMD_NODENAME", ""))}
+        chosen |= {parent for parent in map(_parent, chosen) if _is_step(parent)}
+        for pid in chosen - {daemon.pid for daemon in self.daemons.values()}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def _start(self, command: list[str], name: str, *, user: str = "") -> "subprocess.Popen[bytes]":
         with (self.folder / f"{name}.out").open("ab") as out:
             return subprocess.Popen(
@@ -84,9 +118,28 @@ class Cluster:
             )
 
 
+def _variables(path: Path) -> dict[str, str]:
+    with contextlib.suppress(OSError):
+        words = path.read_bytes().decode(errors="replace").split("\0")
+        return dict(word.split("=", 1) for word in words if "=" in word)
+    return {}
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()[1])
+    return 0
+
+
+def _is_step(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"slurmstepd")
+    return False
+
+
 @contextmanager
 def running_cluster() -> Iterator[Cluster]:
-    """Three nodes n1 … n3 with two GPUs each that are none, partitions low and high: a job in high takes nodes from low."""
+    """All of PARTITIONS, with nodes that are nothing but a slurmd each."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # munge's own user must get there, and to no other folder of the tests
     folder.chmod(0o755)
     munge = folder / "munge"
@@ -113,10 +166,10 @@ def running_cluster() -> Iterator[Cluster]:
         yield cluster
     finally:
         subprocess.run(["scancel", f"--user={getpass.getuser()}"], env=environment, capture_output=True, timeout=WAIT_SECONDS)
-        time.sleep(1)
         for daemon in reversed(cluster.daemons.values()):
             daemon.kill()
             daemon.wait()
+        cluster.kill_processes()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -132,7 +185,7 @@ def _write_config(folder: Path, *, cores: int) -> None:
     host = socket.gethostname().split(".")[0]
     for name in ("state", *(f"spool/{node}" for node in NODES)):
         (folder / name).mkdir(parents=True)
-    for number in range(2):  # null devices
+    for number in range(GPUS):  # null devices
         os.mknod(folder / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     settings: Mapping[str, str] = {
         "ClusterName": "test",
@@ -164,12 +217,8 @@ def _write_config(folder: Path, *, cores: int) -> None:
         "MailProg": "/bin/true",
     }
     lines = [f"{name}={value}" for name, value in settings.items()]
-    node = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={4 * cores} Gres=gpu:2"
+    node = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={4 * cores} Gres=gpu:{GPUS}"
     lines += [f"NodeName={name} Port={free_port()} {node}" for name in NODES]
-    lines += [
-        "PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=15",
-        "PartitionName=nograce Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=0",
-        "PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF",
-    ]
+    lines += [f"PartitionName={name} {rest} MaxTime=INFINITE State=UP" for name, rest in PARTITIONS.items()]
     (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
-    (folder / "gres.conf").write_text(f"NodeName=n[1-3] Name=gpu File={folder}/gpu[0-1]\n")
+    (folder / "gres.conf").write_text(f"NodeName=n[1-9] Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")

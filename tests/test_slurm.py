@@ -1,12 +1,15 @@
-"""slurm/*.sh with a real Slurm and the real trainer: requeued when that helps and never otherwise, with a calm run's weights."""
+"""slurm/*.sh with a real Slurm and the real trainer: requeued when that helps and never otherwise, with a calm run's weights.
+
+Jobs mostly wait, so those that need nobody are submitted together, before the first test (`jobs`); the tests look at their ends.
+"""
 
 import os
 import re
-import signal
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,13 @@ from job import errors
 from job.checkpoint.store import RunStore
 
 ROOT = Path(__file__).parents[1]
-TRAIN = ROOT / "slurm" / "train.sh"
-pytestmark = [
-    pytest.mark.system,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "there is one"),
-]
+SLURM = ROOT / "slurm"
+TINY_MODEL = ROOT / "job" / "demo" / "tiny.json"
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+REAL = pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "there is one")
 
 STEPS = 40
+SLOW_AFTER = 10
 SETTINGS: dict[str, Any] = {
     "max_steps": STEPS,
     "global_batch_size": 16,
@@ -38,6 +40,72 @@ SETTINGS: dict[str, Any] = {
     "torch_threads": 1,
     "metrics_port": 0,
 }
+PERMANENT = {kind.exit_code for kind in (errors.ConfigError, errors.DataError, errors.Superseded, errors.AccessError)}
+PERMANENT.add(errors.ResumeError.exit_code)
+OTHERS = {errors.StorageError.exit_code, errors.TrainingError.exit_code, 137, 233}
+"""Worth another start only after progress. 71 and 75 are treated each in its own way."""
+
+SLOWLY = f"""
+# The real clipjob, in whose first attempt steps after the first few take long, so that something can happen to it.
+def slowly(arguments, stop):
+    import job.train
+    step = job.train.train_step
+    def slow_step(state, *rest, **named):
+        report = step(state, *rest, **named)
+        if state.step > {SLOW_AFTER} and "SLURM_RESTART_COUNT" not in os.environ:
+            time.sleep(float(os.environ["SLOW_SECONDS"]))
+        return report
+    job.train.train_step = slow_step
+    return run(arguments, stop)
+from job import launch
+run, launch.run_command = launch.run_command, slowly
+launch.main()
+"""
+REALLY = "os.execv(sys.executable, [sys.executable, '-m', 'job', *sys.argv[1:]])"
+FAIL_AS_NUMBERED = "sys.exit(int(os.environ['SLURM_ARRAY_TASK_ID']))"
+FIRST_75_THEN_65 = "sys.exit(65 if 'SLURM_RESTART_COUNT' in os.environ else 75)"
+FIRST_71_THEN_65 = "print('on', os.environ['SLURMD_NODENAME']); sys.exit(65 if 'SLURM_RESTART_COUNT' in os.environ else 71)"
+SAVE_AND_CRASH = """
+commits = pathlib.Path(os.environ['CLIPJOB_RUN'], 'commits')
+commits.mkdir(parents=True, exist_ok=True)
+time.sleep(8)  # train.sh has looked at the run by then
+(commits / f'a{len(list(commits.iterdir())) + 1:06}-s000000000001.json').touch()
+sys.exit(70)
+"""
+DEAF = """
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_IGN)
+print("deaf", flush=True)
+time.sleep(600)
+"""
+YOUNG = """
+if 'SLURM_RESTART_COUNT' in os.environ:
+    sys.exit(65)
+print("young", flush=True)
+time.sleep(600)
+"""
+ONE_WAITS = (
+    "sys.exit(65 if 'SLURM_RESTART_COUNT' in os.environ else 75) if os.environ['SLURM_ARRAY_TASK_ID'] != '1' else time.sleep(25)"
+)
+
+
+def program(folder: Path, name: str, body: str) -> str:
+    """Stands where `clipjob` would, for what the real one does not do on demand; `inspect` is the real one."""
+    path = folder / "programs" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(
+        f"#!{sys.executable}\nimport os, pathlib, signal, sys, time\nif sys.argv[1] == 'inspect':\n    {REALLY}\n{body}\n"
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def until(condition: Callable[[], Any], what: Callable[[], str] | str, *, seconds: float = 180) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what if isinstance(what, str) else what()
+        time.sleep(0.1)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +117,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def cluster(folder: Path) -> Iterator[Cluster]:
     with running_cluster() as found:
-        found.environment |= {
-            **{name: value for name, value in clean_environment().items() if not name.startswith("SLURM")},
+        found.environment = {
+            **{name: value for name, value in clean_environment().items() if not name.startswith(("SLURM", "SBATCH"))},
             "SLURM_CONF": found.environment["SLURM_CONF"],
             "CLIPJOB": f"{sys.executable} -m job",
             "PYTHONPATH": str(ROOT),
@@ -61,199 +129,280 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         yield found
 
 
+def submit(cluster: Cluster, run: Path | None, *arguments: str, flags: tuple[str, ...] = (), **environment: str) -> str:
+    place = {"CLIPJOB_RUN": str(run)} if run else {}
+    return cluster.submit(SLURM / "train.sh", *arguments, flags=("--cpus-per-task=1", *flags), **place, **environment)
+
+
 @pytest.fixture(scope="module")
-def calm(folder: Path) -> dict[str, Any]:
+def jobs(cluster: Cluster, folder: Path) -> dict[str, str]:
+    """Everything that runs by itself: name -> number."""
+    slowly = program(folder, "slowly", SLOWLY)
+    found = {}
+    # Limits are whole minutes, and the signal may come up to a minute before its time: here 30 to 90 seconds after the start.
+    found["limited"] = submit(cluster, folder / "limited", flags=("--time=2", "--signal=USR1@30"), CLIPJOB=slowly, SLOW_SECONDS="4")
+    found["crashing"] = submit(cluster, folder / "crashing", CLIPJOB=program(folder, "crashing", SAVE_AND_CRASH), MAX_REQUEUES="1")
+    array = ("--array=0-2", "--output=%x-%A_%a.log")
+    found["neighbours"] = submit(cluster, folder / "neighbours", flags=array, CLIPJOB=program(folder, "neighbours", ONE_WAITS))
+    codes = ",".join(map(str, sorted(PERMANENT | OTHERS)))
+    array = (f"--array={codes}", "--output=%x-%A_%a.log")
+    found["codes"] = submit(cluster, folder / "codes", flags=array, CLIPJOB=program(folder, "codes", FAIL_AS_NUMBERED))
+    found["refused"] = submit(
+        cluster, folder / "re fused", flags=("--no-requeue",), CLIPJOB=program(folder, "refused", FIRST_75_THEN_65)
+    )
+    found["elsewhere"] = submit(
+        cluster, folder / "elsewhere", flags=("--partition=mortal",), CLIPJOB=program(folder, "elsewhere", FIRST_71_THEN_65)
+    )
+    found["complete"] = submit(cluster, None, "--run", str(folder / "complete"), "--max-steps", str(STEPS), *data_flags())
+    found["bad data"] = submit(cluster, folder / "bad-data", "--csv", "/nowhere.csv", "--lmdb", "/nowhere")
+    found["two nodes"] = submit(
+        cluster, folder / "two-nodes", flags=("--nodes=2",), MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo"
+    )
+    return found
+
+
+def data_flags() -> list[str]:
+    """The demo's data and model, for `clipjob train`."""
+    command = train_command("unused")
+    return [word for name in ("--csv", "--lmdb", "--model", "--lr", "--val-fraction") for word in _flag(command, name)]
+
+
+def _flag(command: list[str], name: str) -> list[str]:
+    return command[command.index(name) : command.index(name) + 2] if name != "--val-fraction" else []
+
+
+def urgent(cluster: Cluster, node: str, *flags: str) -> str:
+    """A job of the partition that takes nodes from others."""
+    words = ("--partition=high", "--exclusive", f"--nodelist={node}", "--output=/dev/null", *flags, "--wrap=sleep 1")
+    return cluster.run("sbatch", "--parsable", *words).strip()
+
+
+@pytest.fixture(scope="module")
+def calm(folder: Path, jobs: dict[str, str]) -> dict[str, Any]:
+    """The run that nobody disturbed, and that Slurm did not see."""
     finish(train_command(folder / "calm", scratch=folder / "scratch", **SETTINGS))
     return outcome(folder / "calm")
 
 
-def until(condition: Any, what: str, *, seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-    return found
+def ended(cluster: Cluster, job: str, *, state: str, code: int, restarts: int) -> None:
+    cluster.wait_for(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+    facts = {name: cluster.fact(job, name) for name in ("JobState", "ExitCode", "Restarts")}
+    assert facts == {"JobState": state, "ExitCode": f"{code}:0", "Restarts": str(restarts)}, cluster.log(job)[-4000:]
 
 
-def again(cluster: Cluster, job: str) -> None:
-    """Starts a requeued job at once; Slurm would hold it for two minutes."""
-    until(
-        lambda: cluster.state(job) == "PENDING" and int(cluster.fact(job, "Restarts")) >= 1,
-        f"requeue of {job}:\n{cluster.log(job)}",
-    )
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+def requeued(cluster: Cluster, job: str, times: int = 1) -> None:
+    until(lambda: cluster.restarts(job) >= times, lambda: f"no requeue of {job}:\n{cluster.log(job)[-4000:]}")
 
 
-def submit(cluster: Cluster, run: Path, *arguments: str, flags: tuple[str, ...] = (), **environment: str) -> str:
-    one_core = ("--cpus-per-task=1", *flags)
-    return cluster.submit(TRAIN, *arguments, flags=one_core, CLIPJOB_RUN=str(run), **environment)
+# What needs no cluster
 
 
 def test_policies_are_those_of_the_exit_codes() -> None:
-    text = TRAIN.read_text(encoding="utf-8")
-    permanent = {int(code) for code in re.search(r"^\s+([\d |]+)\) exit \"\$code\"", text, re.MULTILINE)[1].split("|")}  # type: ignore[index]
-    kinds = (errors.ConfigError, errors.DataError, errors.Superseded, errors.AccessError, errors.ResumeError)
-    assert permanent == {kind.exit_code for kind in kinds}
-    assert f'"$code" = {errors.Stopped.exit_code} ]' in text
+    text = (SLURM / "train.sh").read_text(encoding="utf-8")
+    found = re.search(r"^ +([\d |]+)\) exit \"\$code\"", text, re.MULTILINE)
+    assert found
+    assert {int(code) for code in found[1].split("|")} == PERMANENT
+    assert f" {errors.Stopped.exit_code}) requeue " in text
+    assert f'"$code" = {errors.DeviceError.exit_code} ]' in text
+    classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.JobError)]
+    special = {errors.Stopped.exit_code, errors.DeviceError.exit_code}
+    assert {kind.exit_code for kind in classes} <= PERMANENT | OTHERS | special  # a new code needs a decision
 
 
+@pytest.mark.skipif(
+    shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") is None, reason="no shellcheck"
+)
 def test_shellcheck_finds_nothing() -> None:
-    scripts = [str(path) for path in sorted((ROOT / "slurm").glob("*.sh"))]
-    found = subprocess.run([str(Path(sys.executable).parent / "shellcheck"), *scripts], capture_output=True, text=True)
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    scripts = [str(path) for path in sorted(SLURM.glob("*.sh"))]
+    found = subprocess.run([str(shellcheck), *scripts], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 
-def test_without_arguments_it_runs_the_demo_to_its_end(cluster: Cluster, folder: Path, calm: dict[str, Any]) -> None:
-    job = submit(cluster, folder / "complete")
-    assert cluster.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", cluster.log(job)
+# Ends that the script decides on
+
+
+@REAL
+def test_permanent_errors_and_crashes_without_progress_are_not_requeued(cluster: Cluster, jobs: dict[str, str]) -> None:
+    for code in sorted(PERMANENT | OTHERS):
+        job = f"{jobs['codes']}_{code}"
+        ended(cluster, job, state="FAILED", code=code, restarts=0)
+        assert ("to go on: " in cluster.log(job)) == (code in OTHERS)
+
+
+@REAL
+def test_the_real_trainers_bad_data_ends_the_job(cluster: Cluster, jobs: dict[str, str]) -> None:
+    ended(cluster, jobs["bad data"], state="FAILED", code=errors.DataError.exit_code, restarts=0)
+
+
+@REAL
+def test_a_crash_after_progress_is_requeued_within_the_budget(cluster: Cluster, jobs: dict[str, str]) -> None:
+    ended(cluster, jobs["crashing"], state="FAILED", code=70, restarts=1)
+    log = cluster.log(jobs["crashing"])
+    assert log.count("ended with 70, after progress. Requeued") == 1
+    assert "It was requeued 1 times, and MAX_REQUEUES is 1" in log
+
+
+@REAL
+def test_a_node_that_cannot_do_it_is_left_for_another(cluster: Cluster, jobs: dict[str, str]) -> None:
+    ended(cluster, jobs["elsewhere"], state="FAILED", code=65, restarts=1)
+    assert set(re.findall(r"^on (\w+)$", cluster.log(jobs["elsewhere"]), re.MULTILINE)) == {"n6", "n7"}
+
+
+@REAL
+def test_where_requeueing_is_refused_the_log_has_the_line_that_goes_on(cluster: Cluster, jobs: dict[str, str]) -> None:
+    ended(cluster, jobs["refused"], state="FAILED", code=75, restarts=0)
+    assert re.search(rf"to go on: CLIPJOB_RUN=\S*re\\ fused sbatch .*{SLURM}/train.sh$", cluster.log(jobs["refused"]), re.MULTILINE)
+
+
+@REAL
+def test_an_element_of_an_array_is_requeued_alone(cluster: Cluster, jobs: dict[str, str]) -> None:
+    for element, code, restarts in ((0, 65, 1), (2, 65, 1), (1, 70, 0)):
+        ended(cluster, f"{jobs['neighbours']}_{element}", state="FAILED", code=code, restarts=restarts)
+
+
+# The real trainer
+
+
+@REAL
+def test_it_trains_to_the_end_with_the_weights_of_a_calm_run(
+    cluster: Cluster, folder: Path, jobs: dict[str, str], calm: Any
+) -> None:
+    ended(cluster, jobs["complete"], state="COMPLETED", code=0, restarts=0)
     assert_identical(folder / "complete", calm)
 
 
-def test_a_time_limit_saves_requeues_and_goes_on(cluster: Cluster, folder: Path, calm: dict[str, Any]) -> None:
-    run = folder / "limited"
-    # Limits are whole minutes, and the signal may come up to a minute before its time: here 15 to 75 seconds after the start.
-    job = submit(cluster, run, flags=("--time=2", "--signal=USR1@45"), CLIPJOB_MAX_STEPS="100000", CLIPJOB_CHECKPOINT_EVERY="0")
-    again(cluster, job)
-    assert "saved at a signal; requeued" in cluster.log(job)
-    saved = newest_step(run)
-    assert saved > 0
-    until(lambda: f'"event": "resumed", "run": "{run}", "attempt": 2, "step": {saved}' in cluster.log(job), "the second attempt")
-    cluster.run("scancel", job)
-    cluster.wait_for(job, "CANCELLED")
-    assert RunStore(str(run)).attempts()[0]["end"]["exit_code"] == 75
-
-
-def test_two_nodes_train_together(cluster: Cluster, folder: Path, calm: dict[str, Any]) -> None:
-    run = folder / "two-nodes"
-    job = submit(cluster, run, flags=("--nodes=2",), MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    assert cluster.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", cluster.log(job)
-    assert RunStore(str(run)).attempts()[0]["ranks"] == 2
-    losses = [[found["history"][f"step {step}"]["loss"] for step in range(1, 6)] for found in (outcome(run), calm)]
+@REAL
+def test_two_nodes_train_together(cluster: Cluster, folder: Path, jobs: dict[str, str], calm: dict[str, Any]) -> None:
+    ended(cluster, jobs["two nodes"], state="COMPLETED", code=0, restarts=0)
+    assert RunStore(str(folder / "two-nodes")).attempts()[0]["ranks"] == 2
+    losses = [[found["history"][f"step {step}"]["loss"] for step in range(1, 6)] for found in (outcome(folder / "two-nodes"), calm)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
-def test_preemption_with_grace_is_requeued_by_slurm_and_goes_on(cluster: Cluster, folder: Path, calm: dict[str, Any]) -> None:
-    run = folder / "preempted"
-    job = submit(cluster, run, flags=("--partition=low", "--exclusive", "--nodelist=n1"))
-    until(lambda: newest_step(run) >= 10, f"step 10:\n{cluster.log(job)}")
-    urgent = cluster.submit(_script(folder, "sleep 3"), flags=("--partition=high", "--exclusive", "--nodelist=n1"))
-    cluster.wait_for(urgent, "COMPLETED", "RUNNING")
-    again(cluster, job)
-    assert cluster.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", cluster.log(job)
+@REAL
+@pytest.mark.parametrize(("partition", "node"), [("grace", "n3"), ("nograce", "n4")])
+def test_preempted_it_goes_on_to_the_weights_of_a_calm_run(
+    cluster: Cluster, folder: Path, calm: dict[str, Any], partition: str, node: str
+) -> None:
+    run = folder / partition
+    slowly = program(folder, "slowly", SLOWLY)
+    flags = (f"--partition={partition}", "--exclusive")
+    job = submit(cluster, run, flags=flags, CLIPJOB=slowly, SLOW_SECONDS="1")
+    until(lambda: newest_step(run) >= SLOW_AFTER, lambda: f"no step {SLOW_AFTER}:\n{cluster.log(job)}")
+    urgent(cluster, node)
+    ended(cluster, job, state="COMPLETED", code=0, restarts=1)
     assert_identical(run, calm)
+    assert RunStore(str(run)).attempts()[0]["end"]["exit_code"] == 75  # a signal, and time to save
 
 
-def test_preemption_without_grace_goes_on_from_the_last_checkpoint(cluster: Cluster, folder: Path, calm: dict[str, Any]) -> None:
-    run = folder / "evicted"
-    job = submit(cluster, run, flags=("--partition=nograce", "--exclusive", "--nodelist=n2"))
-    until(lambda: newest_step(run) >= 10, f"step 10:\n{cluster.log(job)}")
-    urgent = cluster.submit(_script(folder, "sleep 3"), flags=("--partition=high", "--exclusive", "--nodelist=n2"))
-    again(cluster, job)
-    cluster.wait_for(urgent, "COMPLETED")
-    assert cluster.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", cluster.log(job)
-    assert_identical(run, calm)
-
-
-def test_a_trainer_that_ignores_signals_is_killed_and_requeued_by_slurm(cluster: Cluster, folder: Path) -> None:
-    deaf = _program(folder, "[signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGUSR1)]; time.sleep(600)")
-    job = submit(cluster, folder / "deaf", flags=("--partition=low", "--exclusive", "--nodelist=n3"), CLIPJOB=str(deaf))
-    cluster.wait_for(job, "RUNNING")
-    time.sleep(2)
-    cluster.submit(_script(folder, "sleep 1"), flags=("--partition=high", "--exclusive", "--nodelist=n3"))
-    until(lambda: int(cluster.fact(job, "Restarts")) >= 1, "the requeue")
-    cluster.run("scancel", job)
-    assert "requeued" not in cluster.log(job)  # by train.sh
-
-
-def _script(folder: Path, body: str) -> Path:
-    path = folder / f"script-{abs(hash(body))}.sh"
-    path.write_text(f"#!/bin/bash\n{body}\n")
-    return path
-
-
-def test_what_a_user_cancels_stays_cancelled(cluster: Cluster, folder: Path) -> None:
+@REAL
+def test_what_a_user_cancels_stays_cancelled(cluster: Cluster, folder: Path, jobs: dict[str, str]) -> None:
     run = folder / "cancelled"
-    job = submit(cluster, run, CLIPJOB_MAX_STEPS="100000")
-    until(lambda: newest_step(run) >= 10, f"step 10:\n{cluster.log(job)}")
+    job = submit(cluster, run, CLIPJOB=program(folder, "slowly", SLOWLY), SLOW_SECONDS="1")
+    until(lambda: newest_step(run) >= SLOW_AFTER, lambda: f"no step {SLOW_AFTER}:\n{cluster.log(job)}")
     cluster.run("scancel", job)
-    cluster.wait_for(job, "CANCELLED")
-    time.sleep(2)
+    until(lambda: not cluster.run("squeue", "--noheader", "--jobs", job, check=False).strip(), "its end")
     assert cluster.state(job) == "CANCELLED"
-    assert cluster.fact(job, "Restarts") == "0"
-    assert newest_step(run) > 10 or RunStore(str(run)).attempts()[0]["end"]["exit_code"] == 75  # it had the time to save
+    assert cluster.restarts(job) == 0
+    assert "Requeued" not in cluster.log(job)
+    assert newest_step(run) > SLOW_AFTER  # it had the time to save
 
 
-def test_permanent_errors_and_crashes_without_progress_are_not_requeued(cluster: Cluster, folder: Path) -> None:
-    bad_data = submit(cluster, folder / "bad-data", "--csv", "/nowhere.csv", "--lmdb", "/nowhere")
-    crash = submit(cluster, folder / "crash", CLIPJOB=str(_program(folder, "sys.exit(70)")))
-    launch_failure = submit(cluster, folder / "launch", CLIPJOB=str(_program(folder, "sys.exit(233)")))
-    for job, code in ((bad_data, 65), (crash, 70), (launch_failure, 233)):
-        assert cluster.wait_for(job, "FAILED", "COMPLETED") == "FAILED", cluster.log(job)
-        assert cluster.fact(job, "ExitCode") == f"{code}:0"
-        assert cluster.fact(job, "Restarts") == "0"
-    assert "without a new checkpoint" in cluster.log(crash)
-
-
-def _program(folder: Path, body: str) -> Path:
-    """Stands where `clipjob` would for what the real one does not do on demand: `inspect` is the real one."""
-    path = folder / f"program-{abs(hash(body))}"
-    path.write_text(
-        f"#!{sys.executable}\nimport os, signal, sys, time\n"
-        f"if sys.argv[1] == 'inspect': os.execv(sys.executable, [sys.executable, '-m', 'job', *sys.argv[1:]])\n{body}\n"
-    )
-    path.chmod(0o755)
-    return path
-
-
-def test_a_crash_after_progress_is_requeued_within_the_budget(cluster: Cluster, folder: Path) -> None:
-    run = folder / "crashing"
-    body = (
-        "import pathlib\n"
-        "commits = pathlib.Path(os.environ['CLIPJOB_RUN'], 'commits'); commits.mkdir(parents=True, exist_ok=True)\n"
-        "time.sleep(6)\n"  # train.sh has looked before
-        "(commits / f'a{len(list(commits.iterdir())) + 1:06}-s000000000001.json').touch(); sys.exit(70)"
-    )
-    job = submit(cluster, run, CLIPJOB=str(_program(folder, body)), MAX_REQUEUES="1")
-    again(cluster, job)
-    until(lambda: "requeued 1 times already" in cluster.log(job), "the end of the budget")
-    cluster.wait_for(job, "FAILED")
-    assert cluster.fact(job, "Restarts") == "1"
-
-
-def test_a_dead_node_gives_the_job_to_another(cluster: Cluster, folder: Path, calm: dict[str, Any]) -> None:
+@REAL
+def test_a_dead_node_gives_the_job_to_another(cluster: Cluster, folder: Path, jobs: dict[str, str], calm: dict[str, Any]) -> None:
+    cluster.wait_for(jobs["elsewhere"], "FAILED")  # it needs both nodes
     run = folder / "dead-node"
-    job = submit(cluster, run, flags=("--nodelist=n3",))
-    until(lambda: newest_step(run) >= 10, f"step 10:\n{cluster.log(job)}")
-    os.killpg(cluster.daemons["n3"].pid, signal.SIGKILL)
-    cluster.daemons["n3"].wait()
-    for line in subprocess.run(["pgrep", "-f", f"--run {run}|job demo"], capture_output=True, text=True).stdout.split():
-        if f"CLIPJOB_RUN={run}" in Path(f"/proc/{line}/environ").read_text(errors="replace"):
-            os.kill(int(line), signal.SIGKILL)
-    cluster.run("scontrol", "update", f"JobId={job}", "ReqNodeList=", check=False)
-    until(lambda: cluster.state(job) in ("PENDING", "RUNNING") and int(cluster.fact(job, "Restarts")) >= 1, "requeue by Slurm")
-    cluster.run("scontrol", "update", f"JobId={job}", "ReqNodeList=n2", "StartTime=now", check=False)
-    cluster.start_node("n3")
-    assert cluster.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", cluster.log(job)
+    job = submit(cluster, run, flags=("--partition=mortal",), CLIPJOB=program(folder, "slowly", SLOWLY), SLOW_SECONDS="3")
+    until(lambda: newest_step(run) >= SLOW_AFTER, lambda: f"no step {SLOW_AFTER}:\n{cluster.log(job)}")
+    node = cluster.fact(job, "BatchHost")
+    cluster.kill_node(node)
+    requeued(cluster, job)
+    ended(cluster, job, state="COMPLETED", code=0, restarts=1)
+    assert cluster.fact(job, "BatchHost") != node
     assert_identical(run, calm)
 
 
+@REAL
+def test_a_node_that_is_dead_before_the_launch_ends_the_job(cluster: Cluster, folder: Path) -> None:
+    """srun says 233. Nothing was gained, and Slurm has not noticed the node yet."""
+    cluster.kill_node("n9")
+    job = submit(cluster, folder / "torn", flags=("--partition=torn", "--nodes=2"), CLIPJOB=program(folder, "deaf", DEAF))
+    cluster.wait_for(job, "FAILED", "COMPLETED")
+    assert cluster.fact(job, "ExitCode") == "233:0", cluster.log(job)
+    assert cluster.restarts(job) == 0
+
+
+@REAL
+def test_a_chain_goes_on_with_one_run_and_then_does_nothing(cluster: Cluster, folder: Path) -> None:
+    run = folder / "chain"
+    first_stopped = (
+        f"if not pathlib.Path({str(run)!r}).exists():\n    pathlib.Path({str(run)!r}).mkdir()\n    sys.exit(75)\n{REALLY}"
+    )
+    said = cluster.run(
+        str(SLURM / "chain.sh"),
+        "demo",
+        CLIPJOB_RUN=str(run),
+        JOBS="3",
+        CLIPJOB=program(folder, "first-stopped", first_stopped),
+        SBATCH_FLAGS="--cpus-per-task=1",
+        CLIPJOB_MAX_STEPS="3",
+    )
+    first, second, third = re.findall(r"of 3: (\d+)", said)
+    ended(cluster, first, state="FAILED", code=75, restarts=0)
+    ended(cluster, second, state="COMPLETED", code=0, restarts=0)
+    ended(cluster, third, state="COMPLETED", code=0, restarts=0)
+    assert "this run is complete" in cluster.log(third)
+    assert RunStore(str(run)).result()["attempts"] == 1  # type: ignore[index]
+
+
+@REAL
 def test_a_sweep_is_an_array_of_runs(cluster: Cluster, folder: Path) -> None:
     runs = folder / "sweep"
-    cluster.environment["CLIPJOB_RUN"] = str(runs)
-    try:
-        flags = "--cpus-per-task=1 --parsable"
-        said = cluster.run(
-            str(ROOT / "slurm" / "sweep.sh"), LRS="1e-4 1e-3", MODELS="", DECAYS="0.1", SBATCH_FLAGS=flags, CLIPJOB_MAX_STEPS="3",
-            check=False,
-        )  # fmt: skip
-        assert said == "" or said.strip().isdigit()
-        model = str(ROOT / "job" / "demo" / "tiny.json")
-        job = cluster.run(
-            str(ROOT / "slurm" / "sweep.sh"), LRS="1e-4 1e-3", MODELS=model, DECAYS="0.1", SBATCH_FLAGS=flags, CLIPJOB_MAX_STEPS="3"
-        ).strip()  # fmt: skip
-        until(lambda: len(list(runs.glob("*/result.json"))) == 2, f"two results:\n{cluster.run('squeue')}")
-    finally:
-        del cluster.environment["CLIPJOB_RUN"]
-    assert job
+    job = cluster.run(
+        str(SLURM / "sweep.sh"),
+        LRS="1e-4 1e-3",
+        MODELS=str(TINY_MODEL),
+        DECAYS="0.1",
+        SBATCH_FLAGS="--cpus-per-task=1 --parsable",
+        CLIPJOB_MAX_STEPS="3",
+        CLIPJOB_RUN=str(runs),
+    ).strip()
+    for element in range(2):
+        ended(cluster, f"{job}_{element}", state="COMPLETED", code=0, restarts=0)
     rates = {RunStore(str(path.parent)).load_config()["config"]["lr"] for path in runs.glob("*/result.json")}  # type: ignore[index]
     assert rates == {1e-4, 1e-3}
+
+
+@REAL
+def test_a_trainer_that_ignores_signals_is_killed_and_requeued_by_slurm(cluster: Cluster, folder: Path) -> None:
+    deaf = program(folder, "deaf", DEAF)
+    job = submit(cluster, folder / "deaf", flags=("--partition=briefly", "--exclusive"), CLIPJOB=deaf)
+    until(lambda: "deaf" in cluster.log(job), "a trainer that hears nothing")
+    urgent(cluster, "n5")
+    requeued(cluster, job)
+    cluster.run("scancel", job)
+    assert "Requeued" not in cluster.log(job)  # by train.sh
+
+
+@REAL
+def test_preempted_while_python_starts_it_is_requeued(cluster: Cluster, folder: Path) -> None:
+    """It has no handler yet and dies of TERM; there was nothing to save."""
+    young = program(folder, "young", YOUNG)
+    job = submit(cluster, folder / "young", flags=("--partition=grace", "--exclusive"), CLIPJOB=young)
+    until(lambda: "young" in cluster.log(job), "a trainer that has just begun")
+    urgent(cluster, "n3")
+    ended(cluster, job, state="FAILED", code=65, restarts=1)
+    assert "ended by a signal while it started. Requeued" in cluster.log(job)
+
+
+@REAL
+def test_a_time_limit_saves_requeues_and_goes_on(
+    cluster: Cluster, folder: Path, jobs: dict[str, str], calm: dict[str, Any]
+) -> None:
+    run = folder / "limited"
+    ended(cluster, jobs["limited"], state="COMPLETED", code=0, restarts=1)
+    assert "saved at a signal. Requeued" in cluster.log(jobs["limited"])
+    first, _second = RunStore(str(run)).attempts()
+    assert first["end"] == {"exit_code": 75, "reason": "SIGUSR1"}
+    assert_identical(run, calm)
