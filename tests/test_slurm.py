@@ -404,5 +404,5 @@ def test_a_time_limit_saves_requeues_and_goes_on(
     ended(cluster, jobs["limited"], state="COMPLETED", code=0, restarts=1)
     assert "saved at a signal. Requeued" in cluster.log(jobs["limited"])
     first, _second = RunStore(str(run)).attempts()
-    assert first["end"] == {"exit_code": 75, "reason": "SIGUSR1"}
+    assert (first["end"]["exit_code"], first["end"]["reason"]) == (75, "SIGUSR1")
     assert_identical(run, calm)
