@@ -24,7 +24,7 @@ from job.demo import settings as demo_settings
 from job.storage import files
 
 REPOSITORY = Path(__file__).parent.parent
-WAIT_SECONDS = 120
+WAIT_SECONDS = 240
 """Patience with one event; a machine that others use too may need a good part of it."""
 
 DECIDING = ("step", "bad_samples", "nonfinite_steps", "evaluated_step", "before", "after", "best_step", "best", "best_score")
