@@ -1,16 +1,16 @@
-"""The commands. Each imports what it needs when it runs, so `clipjob --help` answers at once."""
+"""The command line: the job itself here, the other commands in job/commands. Each imports what it needs when it runs, so
+`clipjob --help` answers at once."""
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
 import job
+from job.commands import data, runs
 from job.config import FIELDS, field_type, flag, parse_value, type_name
 from job.errors import ConfigError, JobError
 from job.runtime.stop import StopSignal
@@ -114,120 +114,8 @@ def check(config_file: str, all_images: bool, as_json: bool, **flags: Any) -> in
     return report.exit_code
 
 
-@cli.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("output", type=click.Path(path_type=Path))
-@click.option("--folder", type=click.Path(path_type=Path), help="Where the images of a CSV lie. [default: beside the CSV]")
-@click.option("--csv", "csv_output", type=click.Path(path_type=Path), help="Also write a CSV of what was packed.")
-@click.option(
-    "--resize", type=click.IntRange(0), default=0, metavar="PIXELS", help="Re-encode larger images to this short side, such as 256."
-)
-@click.option("--quality", type=click.IntRange(1, 100), default=85, show_default=True, help="JPEG quality of re-encoded images.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="Threads that read and re-encode. [default: one per core]")
-@click.option(
-    "--max-bad-samples",
-    type=click.FloatRange(0, 1),
-    default=0.01,
-    show_default=True,
-    help="Highest share of files that may be no images.",
-)
-@click.option("--csv-separator", "separator", default="auto", show_default=True)
-@click.option("--image-column", default="auto", show_default=True)
-@click.option("--caption-column", default="auto", show_default=True)
-@click.pass_obj
-def pack(stop: StopSignal, /, source: Path, output: Path, **options: Any) -> int:
-    """Put images into an LMDB. SOURCE is a folder of images or a CSV that lists them; OUTPUT is the LMDB to make.
-
-    Killed or stopped, the same command goes on where it was; OUTPUT appears once it is complete.
-    """
-    from job.data.pack import pack as pack_images
-    from job.runtime.log import set_up_logging
-
-    set_up_logging()
-    packed = pack_images(source, output, stopping=lambda: stop.requested, **options)
-    left_out = f", {len(packed.bad)} left out" if packed.bad else ""
-    click.echo(f"{packed.images} images in {output} ({packed.output_bytes / 1e6:.1f} MB){left_out}")
-    return 0
-
-
-@cli.command()
-@click.argument("run")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--verify/--no-verify", default=True, help="Read every checkpoint and compare its hashes.")
-@click.option("--progress", is_flag=True, help="Print only: complete, the name of the newest checkpoint, or none. For scripts.")
-def inspect(run: str, as_json: bool, verify: bool, progress: bool) -> int:
-    """Show a run: config, attempts, checkpoints (verified), progress."""
-    from job.inspect_run import inspect_run, progress_of, to_text
-
-    if progress:
-        click.echo(progress_of(_run_uri(run)))
-        return 0
-
-    found = inspect_run(_run_uri(run), verify=verify)
-    click.echo(json.dumps(found, indent=2) if as_json else to_text(found))
-    return 0
-
-
-@cli.command()
-@click.argument("run")
-@click.option("--every", type=click.FloatRange(1), default=10.0, show_default=True, metavar="SECONDS", help="Look again so often.")
-@click.option("--once", is_flag=True, help="Look once.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, once.")
-def watch(run: str, every: float, once: bool, as_json: bool) -> int:
-    """Follow a run from anywhere: progress, loss, recall, checkpoints, attempts, where the time goes.
-
-    Reads the run's files only, so it needs no way to where the job runs. Ends when the run is complete.
-    """
-    import time
-
-    from job.watch import render, snapshot
-
-    while True:
-        found = snapshot(_run_uri(run))
-        text = json.dumps(found, indent=2) if as_json else render(found, now=time.time())
-        click.echo(("\x1b[H\x1b[J" if sys.stdout.isatty() and not (once or as_json) else "") + text)
-        if once or as_json or found["result"]:
-            return 0
-        time.sleep(every)
-
-
-@cli.command()
-@click.argument("tag")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--model", default="ViT-B-32", show_default=True, help="open_clip model name.")
-def fetch(tag: str, folder: Path, model: str) -> int:
-    """Download pretrained weights into FOLDER, for machines without a network: give it to them as --pretrained FOLDER."""
-    from job.model.build import write_base
-    from job.runtime.log import set_up_logging
-    from job.storage.files import explained
-
-    set_up_logging()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not an empty folder. Choose another one.")
-    with explained(str(folder), "writing", writing=True):
-        write_base(folder, model=model, pretrained=tag, seed=0)
-    click.echo(f"{model} with {tag} is in {folder}. Use it with: --model {model} --pretrained {folder}")
-    return 0
-
-
-@cli.command()
-@click.argument("run")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-def rm(run: str, yes: bool) -> int:
-    """Remove a run with all its checkpoints and exports."""
-    from job.checkpoint.store import check_is_run, remove_run
-
-    uri = _run_uri(run)
-    check_is_run(uri)
-    try:
-        sure = yes or click.confirm(f"Remove {uri} with all its checkpoints and exported models?")
-    except click.Abort:  # nobody is there to answer
-        sure = False
-    if not sure:
-        raise ConfigError(f"{uri} was not removed. Answer y, or give --yes.")
-    remove_run(uri)
-    click.echo(f"Removed {uri}.")
-    return 0
+for command in (data.pack, data.fetch, runs.inspect, runs.watch, runs.rm):
+    cli.add_command(command)
 
 
 def _given(flags: dict[str, Any], config_file: str) -> dict[str, Any]:
@@ -236,14 +124,6 @@ def _given(flags: dict[str, Any], config_file: str) -> dict[str, Any]:
         name: ",".join(value) if isinstance(value, tuple) else value for name, value in flags.items() if value not in (None, ())
     }
     return merge(flags=asked, environ=os.environ, config_file=config_file or os.environ.get("CLIPJOB_CONFIG", ""))
-
-
-def _run_uri(run: str) -> str:
-    """A run named on the command line. What its store has to be told stands in the environment then."""
-    from job.storage.options import configure_storage
-
-    configure_storage(os.environ.get("CLIPJOB_STORAGE_OPTION", ""))
-    return run if "://" in run else str(Path(run).expanduser().absolute())
 
 
 def _train(stop: StopSignal, given: dict[str, Any]) -> int:

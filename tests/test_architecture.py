@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "job"
 
 RANKS = [
-    {"__main__", "launch", "cli", "spawn"},
+    {"__main__", "launch", "cli", "commands", "spawn"},
     {"train", "attempt", "claim", "start", "inputs", "inspect_run", "watch", "result", "demo", "settings"},
     {"evaluate"},
     {"model", "checkpoint"},

@@ -1,0 +1,1 @@
+"""The commands beside the job itself. Each imports what it needs when it runs."""
