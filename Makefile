@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEST_FLAGS ?=
 TEST_WORKERS ?= 2
+IMAGE ?= clipjob:latest
+BUILD_FLAGS ?=
 
-.PHONY: help demo test storm lint format bench docs lock clean
+.PHONY: help demo test storm lint format image push bench docs lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -29,6 +31,13 @@ format: $(VENV)/dev  ## Bring the code into the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+image:  ## Build the container image, IMAGE=registry/clipjob:tag, BUILD_FLAGS="--build-arg LOCK=run-cu126.txt"
+	docker build --build-arg VERSION=$$(sed -n 's/__version__ = "\(.*\)"/\1/p' job/__init__.py) \
+		--build-arg REVISION=$$(git rev-parse HEAD) $(BUILD_FLAGS) --tag $(IMAGE) .
+
+push:  ## Push it to the registry that IMAGE names
+	docker push $(IMAGE)
+
 bench: $(VENV)/dev  ## All benchmarks, tables to benchmarks/results
 	$(BIN)/python -m benchmarks.pipeline --out benchmarks/results/pipeline.md
 	$(BIN)/python -m benchmarks.scale --out benchmarks/results/scale.md
@@ -39,16 +48,22 @@ bench: $(VENV)/dev  ## All benchmarks, tables to benchmarks/results
 	$(BIN)/python -m benchmarks.overhead --out benchmarks/results/overhead.md
 	$(BIN)/python -m benchmarks.demo --out benchmarks/results/demo.md
 
-docs: $(VENV)/run  ## Write what is computed from code: configuration, scaling, dashboard
+docs: $(VENV)/run  ## Write what is computed: configuration, scaling, dashboard, k8s/job.yaml
 	$(BIN)/python docs/configuration.py > docs/configuration.md
 	$(BIN)/python docs/scaling.py > docs/scaling.md
 	$(BIN)/python monitoring/dashboard.py > monitoring/dashboard.json
+	cd k8s/base && (cat header.txt; for part in serviceaccount configmap job; do echo ---; cat $$part.yaml; done) > ../job.yaml
+
+RESOLVE := uv pip compile --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links -q
+IN_IMAGE := --python-platform x86_64-manylinux_2_28 -c build/pins.txt
 
 lock:  ## Resolve all dependencies anew (needs uv)
-	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade --generate-hashes \
-		--no-header --no-annotate --no-emit-index-url --no-emit-find-links -q -o requirements/dev.txt
-	uv pip compile pyproject.toml --extra hf --universal --python-version 3.11 --upgrade --generate-hashes \
-		--no-header --no-annotate --no-emit-index-url --no-emit-find-links -q -c requirements/dev.txt -o requirements/run.txt
+	$(RESOLVE) pyproject.toml --extra dev --universal --upgrade -o requirements/dev.txt
+	$(RESOLVE) pyproject.toml --extra hf --universal --upgrade -c requirements/dev.txt -o requirements/run.txt
+	mkdir -p build
+	sed -nE 's/^([a-z].*==[^\]*).*/\1/p' requirements/run.txt | grep -vE '^(torch|triton|nvidia|cuda)' > build/pins.txt
+	$(RESOLVE) pyproject.toml --extra hf --upgrade $(IN_IMAGE) requirements/run-cu126.in -o requirements/run-cu126.txt
+	for extra in gcsfs adlfs; do echo $$extra | $(RESOLVE) - --upgrade $(IN_IMAGE) -o requirements/extra-$$extra.txt; done
 
 clean:  ## Remove the environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -38,6 +38,7 @@ class Job:
         arguments: of `clipjob`.
         environment: variables besides a clean environment.
         before: words in front of the command (`unshare -rn`). python: flags of the interpreter.
+        program: what stands for `clipjob` and is given the arguments.
         popen: further arguments of Popen.
     """
 
@@ -47,11 +48,12 @@ class Job:
         environment: Mapping[str, str] | None = None,
         before: Sequence[str] = (),
         python: Sequence[str] = (),
+        program: Sequence[str] = (),
         **popen: Any,
     ) -> None:
         self.started = time.monotonic()
         self.process = subprocess.Popen(
-            [*before, sys.executable, *python, "-m", "job", *arguments],
+            [*before, *(program or [sys.executable, *python, "-m", "job"]), *arguments],
             cwd=REPOSITORY,
             env={**clean_environment(), **(environment or {})},
             **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen},
@@ -108,13 +110,17 @@ class Job:
 
     def wait_until_stoppable(self) -> None:
         """Returns as soon as the process handles SIGTERM: before that, it is only a Python that starts."""
-        status = Path(f"/proc/{self.process.pid}/status")
+        status = Path(f"/proc/{self.pid}/status")
 
         def handles() -> bool:
             caught = re.search(r"SigCgt:\s*([0-9a-f]+)", status.read_text(encoding="utf-8"))
             return bool(caught and all(int(caught[1], 16) >> (number - 1) & 1 for number in (signal.SIGTERM, signal.SIGUSR1)))
 
         self.until(handles, "signal handlers")
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
     def send(self, number: int) -> None:
         self.process.send_signal(number)
