@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +61,7 @@ def podman_command() -> list[str]:
     settings = Path(tempfile.gettempdir(), f"clipjob-tests-{os.getuid()}-containers.conf")
     if not settings.exists() or settings.read_text() != SETTINGS:
         settings.write_text(SETTINGS)
-    return ["env", f"CONTAINERS_CONF={settings}", "podman", "--storage-driver", "overlay"]
+    return ["env", f"CONTAINERS_CONF={settings}", "podman"]
 
 
 def base_image() -> str:
@@ -101,16 +102,32 @@ def with_installed_packages(dockerfile: str) -> str:
     return made
 
 
+def link_packages(lock: Path, folder: Path) -> None:
+    """The packages of a lock, of those installed here, as hard links."""
+    for name in re.findall(r"(?m)^([a-zA-Z0-9._-]+)(?:\[.*\])?==", lock.read_text(encoding="utf-8")):
+        with contextlib.suppress(PackageNotFoundError):  # it is for another Python or system
+            for file in distribution(name).files or []:
+                if file.parts[0] != ".." and (source := Path(file.locate())).is_file():
+                    target = folder / file
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    if not target.exists():
+                        os.link(source, target)
+
+
 @contextlib.contextmanager
 def context_folder() -> Iterator[Path]:
     """What the Dockerfile may copy, and the packages of this environment beside it."""
+    (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="image-") as name:
         folder = Path(name)
         for item in ("LICENSE", "README.md", "job", "pyproject.toml", "requirements"):
             run("cp", "-al", str(ROOT / item), str(folder / item))
-        (folder / "Dockerfile").write_text(with_installed_packages((ROOT / "Dockerfile").read_text()))
-        installed = Path(sys.prefix, PACKAGES)
-        run("cp", "-al", str(installed), str(folder / "packages"))
-        (folder / "tools").mkdir()
-        run("cp", "-al", *map(str, installed.glob("setuptools*")), str(folder / "tools"))
+        dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+        if os.environ.get("IMAGE_TEST") == "full":
+            (folder / "Dockerfile").write_text(dockerfile)
+        else:
+            (folder / "Dockerfile").write_text(with_installed_packages(dockerfile))
+            link_packages(ROOT / "requirements" / "run.txt", folder / "packages")
+            (folder / "tools").mkdir()
+            run("cp", "-al", *map(str, Path(sys.prefix, PACKAGES).glob("setuptools*")), str(folder / "tools"))
         yield folder
