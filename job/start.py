@@ -24,7 +24,7 @@ from job.evaluate.retrieval import evaluate_retrieval, group_pairs
 from job.model.build import ClipModel, prepare_towers, write_base
 from job.model.optimizer import make_optimizer
 from job.model.step import StepSettings
-from job.model.towers import lengths_of
+from job.model.text import lengths_of
 from job.runtime.device import autocast_dtype, decode_threads
 from job.runtime.metrics import Metrics
 from job.runtime.watchdog import Watchdog

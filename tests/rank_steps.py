@@ -21,7 +21,8 @@ from job.data.captions import Captions
 from job.model.build import ClipModel, load_base
 from job.model.optimizer import make_optimizer
 from job.model.step import StepSettings, train_step
-from job.model.towers import lengths_of, make_towers
+from job.model.text import lengths_of
+from job.model.towers import make_towers
 from job.runtime.peers import Peers
 from job.runtime.ranks import ranks_of
 from job.runtime.world import World

@@ -18,7 +18,7 @@ from transformers import BertConfig, PreTrainedTokenizerFast
 from job.checkpoint.state import WEIGHTS
 from job.errors import ConfigError, DataError
 from job.model.build import CONFIG_FILE, WEIGHTS_FILE, load_base, parameter_count, tokenizer_for, write_base, write_export
-from job.model.towers import encode_texts
+from job.model.text import encode_texts
 
 
 @pytest.fixture

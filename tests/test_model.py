@@ -18,7 +18,8 @@ from job.model.build import ClipModel, prepare_towers
 from job.model.loss import LossGradients, contrastive_loss
 from job.model.optimizer import lr_at, make_optimizer, warmup_steps
 from job.model.step import StepReport, StepSettings, take_row, train_step
-from job.model.towers import encode_images, encode_texts, lengths_of, make_towers
+from job.model.text import encode_texts, lengths_of
+from job.model.towers import encode_images, make_towers
 from job.runtime.world import ALONE
 
 TEXTS = ["a dog", "a much longer caption, with many words in it", "a dog", "cat", "x " * 100]

@@ -1,17 +1,16 @@
-"""Pixels and tokens -> unit features. Text is computed on real tokens only, exactly as open_clip's `encode_text` to rounding."""
+"""Pixels and tokens -> unit features, in one pass that DDP can follow."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from open_clip.model import CLIP, CustomTextCLIP
-from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from job.model.build import ClipModel
+from job.model.text import encode_texts, unit
 from job.runtime.world import World
 
 _DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
@@ -83,74 +82,4 @@ def encode_images(model: Any, pixels_BCHW: Tensor, *, shift: Tensor, scale: Tens
     normalised = (
         pixels_BCHW.to(shift.dtype, memory_format=torch.contiguous_format).sub_(shift).mul_(scale)
     )  # one copy in float, not three
-    return _unit(model.encode_image(normalised))
-
-
-def encode_texts(model: Any, groups: Sequence[Tensor]) -> Tensor:
-    """Unit features of texts given as groups of (u, L) tokens, in the order of the groups.
-
-    Returns: (U, D), U the sum of all u; float32 or better.
-    """
-    tower = _cuttable_tower(model)
-    features = [_encode_cut(tower, tokens) if tower is not None else model.encode_text(tokens) for tokens in groups]
-    return _unit(torch.cat(features))
-
-
-def _unit(features: Tensor) -> Tensor:
-    """Unit length, in float32 where the towers computed in less."""
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-
-
-def lengths_of(model: Any) -> Callable[[Tensor], Tensor] | None:
-    """How many positions of a row of tokens the text tower needs: those up to the one that it pools at.
-
-    Only a causal tower that pools at the end-of-text token can be cut. Returns None for any other: it needs them all.
-    """
-    tower = _cuttable_tower(model)
-    if tower is None:
-        return None
-    pool_type, eos_id = _pooling(tower)
-
-    def lengths(tokens_NL: Tensor) -> Tensor:
-        at = tokens_NL.argmax(dim=-1) if pool_type == "argmax" else (tokens_NL == eos_id).int().argmax(dim=-1)
-        if pool_type == "eos":  # without any end token, argmax over zeros points at position 0, as it does in open_clip
-            return torch.where((tokens_NL == eos_id).any(dim=-1), at + 1, tokens_NL.shape[1])
-        return at + 1
-
-    return lengths
-
-
-def _cuttable_tower(model: Any) -> Any:
-    """The module that holds the text tower's parts if its causal mask allows to cut rows at the end of text; else None."""
-    if type(model) is CLIP:
-        tower: Any = model
-    elif (
-        type(model) is CustomTextCLIP
-        and type(model.text) is TextTransformer
-        and model.text.cls_emb is None
-        and not model.text.output_tokens
-    ):
-        tower = model.text
-    else:
-        return None
-    return tower if tower.attn_mask is not None and _pooling(tower)[0] in ("argmax", "eos") else None
-
-
-def _pooling(tower: Any) -> tuple[str, int]:
-    if type(tower) is CLIP:
-        return tower.text_pool_type, tower.text_eos_id
-    return tower.pool_type, tower.eos_id
-
-
-def _encode_cut(tower: Any, tokens_UL: Tensor) -> Any:
-    """open_clip's text forward on the first L positions. Exact, because no position sees a later one."""
-    length = tokens_UL.shape[1]
-    dtype = tower.transformer.get_cast_dtype()
-    x = tower.token_embedding(tokens_UL).to(dtype) + tower.positional_embedding[:length].to(dtype)
-    x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
-    pool_type, eos_id = _pooling(tower)
-    pooled = text_global_pool(tower.ln_final(x), tokens_UL, pool_type, eos_token_id=eos_id)
-    projection = tower.text_projection
-    if projection is None:
-        return pooled
-    return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+    return unit(model.encode_image(normalised))
