@@ -128,10 +128,10 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
-def paired(variants: dict[str, Callable[[], T]], *, rounds: int) -> dict[str, list[T]]:
+def paired(variants: dict[str, Callable[[], T]], *, rounds: int, warm_up: bool = True) -> dict[str, list[T]]:
     """Runs A B C, C B A, A B C, … so that a machine that slows down or speeds up does so for all; one unmeasured round first."""
     results: dict[str, list[T]] = {name: [] for name in variants}
-    for turn in range(-1, rounds):
+    for turn in range(-1 if warm_up else 0, rounds):
         say(f"round {turn + 1} of {rounds}" if turn >= 0 else "warming up")
         for name in list(variants)[:: 1 if turn % 2 == 0 else -1]:
             result = variants[name]()
