@@ -1,5 +1,6 @@
 """clipjob evaluate: scores of any model on any data, by the code that evaluates in training."""
 
+import functools
 import json
 import os
 import re
@@ -121,11 +122,8 @@ def _with_model(
     from job.evaluate.pairs import held_out_pairs, open_pairs
     from job.evaluate.select import choose_weights
     from job.model.build import load_base
-    from job.runtime.log import set_up_logging
-    from job.storage.options import configure_storage
 
-    set_up_logging()
-    configure_storage(os.environ.get("CLIPJOB_STORAGE_OPTION", ""))
+    set_up()
     if bool(csv) != bool(lmdb):
         raise ConfigError("--csv and --lmdb belong together; give both, or for a run neither.")
     with working_folder(scratch, run=what) as folder, Staging(scratch_root(scratch)) as staging:
@@ -143,12 +141,19 @@ def _with_model(
             pairs.images.close()
 
 
+def set_up() -> None:
+    """Logging, and what the store has to be told."""
+    from job.runtime.log import set_up_logging
+    from job.storage.options import configure_storage
+
+    set_up_logging()
+    configure_storage(os.environ.get("CLIPJOB_STORAGE_OPTION", ""))
+
+
 def machine(
     clip: "ClipModel", *, settings: dict[str, Any], device: str, precision: str, threads: int, batch_size: int
 ) -> tuple["ClipModel", Callable[..., Any]]:
     """The model on its device, and `encode_held_out` with what it needs to know of the machine."""
-    import functools
-
     import torch
 
     from job.evaluate.encode import encode_held_out
@@ -195,14 +200,16 @@ def _records(
     from job.evaluate.pairs import captions_of
     from job.evaluate.retrieval import retrieval_scores, texts_in_pairs
 
-    about = {"dataset": dataset or pairs.name, "model": chosen.model, "pretrained": _pretrained(chosen)}
+    write_record = functools.partial(
+        write.record, dataset=dataset or pairs.name, model=chosen.model, pretrained=_pretrained(chosen)
+    )
     features, held_out = encoded(clip, pairs, encode)
     images = len(features.images)
     left_out = {"images_left_out": len(held_out.keys) - images} if images < len(held_out.keys) else {}
     records = []
     with torch.no_grad():
         if task != "classification":
-            scale = clip.module.logit_scale.exp()  # type: ignore[operator,union-attr]
+            scale = clip.module.logit_scale.exp()  # type: ignore[operator]
             texts, placed = texts_in_pairs(features.texts, features.placed(held_out.pairs))
             scores = retrieval_scores(features.images, texts, placed, logit_scale=scale, median_ranks=True)
             calibrations = {
@@ -213,7 +220,7 @@ def _records(
             }
             counts = {"images": images, "texts": len(texts), "pairs": len(placed), **left_out}
             metrics = {**scores, "ece": calibrations["as_is"].ece}
-            records.append(write.record(write.RETRIEVAL, metrics, counts=counts, calibrations=calibrations, **about))
+            records.append(write_record(write.RETRIEVAL, metrics, counts=counts, calibrations=calibrations))
         labels = labels_of(zip(pairs.keys(), pairs.tags(), strict=True), keys=held_out.keys, names=names)
         if task == "classification" or (task == "all" and (names is not None or len(labels.names) < len(labels.pairs))):
             captions, autocast = captions_of(pairs, clip), encode.keywords["autocast"]  # type: ignore[attr-defined]
@@ -223,7 +230,7 @@ def _records(
             unlabelled = len(features.images) - len(placed[:, 0].unique())
             counts = {"images": images - unlabelled, "classes": len(labels.names), "labels": len(placed), **left_out}
             counts |= {"images_without_a_class": unlabelled} if unlabelled else {}
-            record = write.record(write.CLASSIFICATION, metrics, counts=counts, **about)
+            record = write_record(write.CLASSIFICATION, metrics, counts=counts)
             records.append({**record, "templates": list(templates)})
     return records
 

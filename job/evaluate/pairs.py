@@ -88,7 +88,9 @@ def held_out_pairs(stored: Mapping[str, Any], *, staging: Staging) -> Pairs:
         manifest = read_manifest(staging.file(csv, flag="--csv"), separator=reading.csv_separator, **columns)
         rows = split_rows(manifest.keys, settings["val_fraction"])[1]
     if not len(rows):
-        raise ConfigError("The run has held nothing out (--val-fraction 0). Give the data to score it with: --csv and --lmdb.")
+        raise ConfigError(
+            "The run has held nothing out (--val-fraction 0), so there is nothing to score it on. Name other data: --help says how."
+        )
     if manifest.sha256 != stored["data"].get("val_csv_sha256"):
         log.warning("the CSV has changed since the run was started, so scores can't be compared with its own", extra={"csv": csv})
     pairs = _opened(Path(csv).stem, manifest, rows, staging.lmdb(lmdb, flag=flag), reading=reading, csv=csv)

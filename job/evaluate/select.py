@@ -1,7 +1,7 @@
 """Which weights a command means: a run's best, final or checkpoint, a folder that open_clip loads, or a model by name."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,16 @@ def fetch_base(store: RunStore, folder: Path) -> Path:
     return base
 
 
-def put_in_empty(place: str, folder: Path, *, check: Callable[[], None] = lambda: None) -> None:
-    """Moves a folder's files to a path or URI at which there must be nothing yet. Raises: ConfigError."""
+def check_empty(place: str) -> None:
+    """Raises: ConfigError, unless nothing is at this path or URI, or an empty folder."""
     if files.list_files(place) or (files.is_local(place) and files.local_path(place).is_file()):
         raise ConfigError(f"{files.shown(place)} is not an empty folder. Choose another one.")
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        files.upload(path, files.join(place, str(path.relative_to(folder))), move=True, check=check)
+
+
+def put_folder(place: str, folder: Path) -> None:
+    """Copies a folder to a path or URI, the largest files last: whoever finds the weights finds the rest. Raises: StorageError."""
+    for path in sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size):
+        files.upload(path, files.join(place, str(path.relative_to(folder))))
 
 
 def _of_run(store: RunStore, *, scratch: Path, which: str, step: int | None) -> Chosen:
