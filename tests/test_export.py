@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
-from test_evaluate import complete_run
+from test_evaluate import complete_run, evaluate
 
 from job.checkpoint.store import RunStore
 from job.cli import cli
@@ -223,6 +223,17 @@ def test_the_card_says_where_the_model_comes_from_and_no_path_of_this_machine(ru
     for place in (str(run.parent), str(tmp_path), "/data/"):
         assert place not in card
     assert not (tmp_path / "out" / "files.json").exists()
+
+
+def test_an_export_in_an_object_store_scores_as_the_local_one(run: Path, tmp_path: Path, s3_uri: str) -> None:
+    words = ["export", str(run), "--to", f"{s3_uri}/model", "--alpha", "0.3"]
+    CliRunner().invoke(cli, words, catch_exceptions=False)
+    export(run, tmp_path / "out", "--alpha", 0.3)
+    data = ("--csv", run.parent / "data.csv", "--lmdb", run.parent / "images.lmdb")
+    here, there = (evaluate(place, *data, "--task", "retrieval")[0] for place in (tmp_path / "out", f"{s3_uri}/model"))
+    assert here["metrics"] == there["metrics"]
+    with pytest.raises(ConfigError, match="not an empty folder"):
+        CliRunner().invoke(cli, words, catch_exceptions=False)
 
 
 def test_what_can_not_be_exported_says_why(run: Path, tmp_path: Path) -> None:

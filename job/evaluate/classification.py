@@ -83,7 +83,7 @@ def classification_scores(image_ID: Tensor, class_CD: Tensor, labels_L2: Tensor)
     images, image_L = labels_L2[:, 0].unique(return_inverse=True)
     image_ID, labels_L2 = image_ID[images], torch.stack([image_L, labels_L2[:, 1]], dim=1)
     ranks, found = [], torch.zeros(len(class_CD), dtype=torch.float64, device=image_ID.device)
-    for similarity_qC, right_qC in similarities(image_ID, class_CD, labels_L2):
+    for similarity_qC, right_qC in similarities(image_ID, class_CD, labels_L2, at_once=_sorted_at_once()):
         ranks.append(best_right(similarity_qC, right_qC)[1])
         found += (_among_the_nearest(similarity_qC, right_qC) & right_qC).sum(dim=0)
     of_class = labels_L2[:, 1].bincount(minlength=len(class_CD))
@@ -99,7 +99,7 @@ def classification_scores(image_ID: Tensor, class_CD: Tensor, labels_L2: Tensor)
 def average_precisions(image_ID: Tensor, class_CD: Tensor, labels_L2: Tensor) -> Tensor:
     """(C,) float64 mean over a class's images of the precision among all images that score at least as high; 0 without images."""
     found = []
-    at_once = max(1, retrieval.CHUNK_ELEMENTS // len(image_ID))
+    at_once = max(1, _sorted_at_once() // len(image_ID))
     for at in range(0, len(class_CD), at_once):
         mine = labels_L2[(labels_L2[:, 1] >= at) & (labels_L2[:, 1] < at + at_once)]
         similarity_cI = (class_CD[at : at + at_once] @ image_ID.T).nan_to_num(-2.0)
@@ -112,6 +112,11 @@ def average_precisions(image_ID: Tensor, class_CD: Tensor, labels_L2: Tensor) ->
         precision = (right_so_far.double() / reached * right_cI).sum(dim=1)
         found.append(precision / right_cI.sum(dim=1).clamp(min=1))
     return torch.cat(found)
+
+
+def _sorted_at_once() -> int:
+    """Similarities that are sorted at a time: their places take four times the memory."""
+    return max(1, retrieval.CHUNK_ELEMENTS // 4)
 
 
 def _among_the_nearest(similarity_qC: Tensor, right_qC: Tensor) -> Tensor:

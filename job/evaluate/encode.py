@@ -114,7 +114,8 @@ def encode_held_out(
             image_features, text_features = image_features or [nothing], text_features or [nothing]
     image_KD, decoded_K = _assembled(image_features, found, count=len(held_out.keys), world=world)
     text_TD, _ = _assembled(text_features, texts_here, count=len(held_out.texts), world=world)
-    return Features(image_KD[decoded_K], text_TD, torch.where(decoded_K, decoded_K.cumsum(0) - 1, -1))
+    image_ID = image_KD if decoded_K.all() else image_KD[decoded_K]  # of a million, a copy would be 2 GB
+    return Features(image_ID, text_TD, torch.where(decoded_K, decoded_K.cumsum(0) - 1, -1))
 
 
 def encode_captions(clip: ClipModel, texts: Sequence[str], *, captions: Captions) -> Tensor:

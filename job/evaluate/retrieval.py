@@ -105,18 +105,19 @@ def recall_at_5(scores: dict[str, float]) -> float:
 def texts_in_pairs(text_TD: Tensor, pairs_P2: Tensor) -> tuple[Tensor, Tensor]:
     """The texts that belong to an image, and the pairs with their new numbers: some images may not have been decodable."""
     texts, text_P = pairs_P2[:, 1].unique(return_inverse=True)
-    return text_TD[texts], torch.stack([pairs_P2[:, 0], text_P], dim=1)
+    texts_TD = text_TD if len(texts) == len(text_TD) else text_TD[texts]  # a copy of a million would be 2 GB
+    return texts_TD, torch.stack([pairs_P2[:, 0], text_P], dim=1)
 
 
 def similarities(
-    query_QD: Tensor, answer_AD: Tensor, pairs_P2: Tensor, *, queries: range | None = None
+    query_QD: Tensor, answer_AD: Tensor, pairs_P2: Tensor, *, queries: range | None = None, at_once: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Of so many queries at a time as fit: (q, A) similarities, and (q, A) bool, which answers are right.
 
-    Args: pairs_P2: int64 (query, right answer). queries: which ones; None: all.
+    Args: pairs_P2: int64 (query, right answer). queries: which ones; None: all. at_once: similarities; 0: CHUNK_ELEMENTS.
     """
     queries = range(len(query_QD)) if queries is None else queries
-    rows = max(1, CHUNK_ELEMENTS // len(answer_AD))
+    rows = max(1, (at_once or CHUNK_ELEMENTS) // len(answer_AD))
     starts = [*queries[::rows], queries.stop]
     order = pairs_P2[pairs_P2[:, 0].argsort(stable=True)]
     bounds = torch.searchsorted(order[:, 0].contiguous(), torch.tensor(starts, device=order.device)).tolist()
