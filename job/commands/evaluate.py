@@ -221,6 +221,8 @@ def _records(
             counts = {"images": images, "texts": len(texts), "pairs": len(placed), **left_out}
             metrics = {**scores, "ece": calibrations["as_is"].ece}
             records.append(write_record(write.RETRIEVAL, metrics, counts=counts, calibrations=calibrations))
+        if task == "retrieval":
+            return records
         labels = labels_of(zip(pairs.keys(), pairs.tags(), strict=True), keys=held_out.keys, names=names)
         if task == "classification" or (task == "all" and (names is not None or len(labels.names) < len(labels.pairs))):
             captions, autocast = captions_of(pairs, clip), encode.keywords["autocast"]  # type: ignore[attr-defined]
