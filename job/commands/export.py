@@ -151,11 +151,7 @@ def _choose(
     from job.evaluate.retrieval import retrieval_scores
     from job.model.build import WEIGHTS_FILE, load_base
 
-    why = (
-        "It is what --alpha says."
-        if alpha is not None
-        else "There were no guard data, so nothing spoke for less than the tuned model."
-    )
+    why = "It is what --alpha says." if alpha is not None else "There were no guard data, so nothing spoke for less."
     auto = alpha is None and "guard" in pairs
     alpha = 1.0 if alpha is None else alpha
     if not pairs:
