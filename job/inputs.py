@@ -21,7 +21,7 @@ from job.data.check import check_data, quick_check
 from job.data.check_report import Report
 from job.data.dataset import Dataset, make_dataset
 from job.data.images import open_images
-from job.data.manifest import Manifest, read_manifest
+from job.data.manifest import Manifest, read_manifest, read_manifest_like
 from job.data.pixels import decode
 from job.data.staging import Staging
 from job.errors import DataError
@@ -135,7 +135,13 @@ def read_tables(config: Config, staging: Staging) -> tuple[Config, Tables]:
     held_out = None
     if config.val_csv:
         path = staging.file(config.val_csv, flag="--val-csv")
-        held_out = _read_held_out(path, like=manifest, key_prefix=config.key_prefix)
+        held_out = read_manifest_like(
+            path,
+            separator=manifest.separator,
+            image_column=manifest.image_column,
+            caption_column=manifest.caption_column,
+            key_prefix=config.key_prefix,
+        )
     separator = config.tag_separator
     if separator == AUTO and config.caption_mode == "sample":
         spread = np.linspace(0, len(manifest) - 1, num=min(len(manifest), 1000), dtype=np.int64)
@@ -203,18 +209,6 @@ def _check_quickly(config: Config, dataset: Dataset) -> None:
             log.warning("--val-csv: %s", problem.text)
     except DataError as error:
         raise DataError(f"--val-csv {config.val_csv}: {error}") from None
-
-
-def _read_held_out(path: Path, *, like: Manifest, key_prefix: str) -> Manifest:
-    """The CSV of held-out pairs: read as the training CSV was if its first line has the same two columns, else by itself."""
-    first_line = ""
-    with contextlib.suppress(OSError), path.open(encoding="utf-8-sig", errors="replace") as file:
-        first_line = file.readline()  # what can't be read, read_manifest explains
-    names = {name.strip(' "\r\n') for name in first_line.split(like.separator)}
-    if not {like.image_column, like.caption_column} <= names:
-        return read_manifest(path, key_prefix=key_prefix)
-    columns = {"image_column": like.image_column, "caption_column": like.caption_column}
-    return read_manifest(path, separator=like.separator, key_prefix=key_prefix, **columns)
 
 
 def check_job(config: Config, *, all_images: bool) -> Report:

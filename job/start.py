@@ -20,7 +20,9 @@ from job.data.dataset import Dataset
 from job.data.order import batches_from, rows_at
 from job.data.staging import Staging
 from job.errors import ConfigError, DataError, ResumeError
-from job.evaluate.retrieval import evaluate_retrieval, group_pairs
+from job.evaluate.encode import group_pairs
+from job.evaluate.retrieval import evaluate_retrieval
+from job.evaluate.select import fetch_export
 from job.model.build import ClipModel, prepare_towers, write_base
 from job.model.optimizer import make_optimizer
 from job.model.step import StepSettings
@@ -89,10 +91,8 @@ def _find_base(config: Config, store: RunStore, scratch: Path, staging: Staging)
 def _fetch_export(run: str, scratch: Path, *, check: Callable[[], None]) -> Path:
     source = RunStore(run)
     source.check = check
-    for name in ("export/best", "export/final"):
-        folder = source.fetch_folder(name, scratch / "init")
-        if folder is not None:
-            return folder
+    if (found := fetch_export(source, scratch / "init")) is not None:
+        return found[1]
     raise DataError(
         f"--init-from {files.shown(run)} has no exported model: it is not a complete run. Finish that run first, or check the path "
         "(`clipjob inspect` shows what is there)."

@@ -10,7 +10,8 @@ import torch
 from job.data.captions import Captions
 from job.data.images import open_images
 from job.evaluate import retrieval
-from job.evaluate.retrieval import HeldOut, evaluate_retrieval, group_pairs, retrieval_scores
+from job.evaluate.encode import HeldOut, group_pairs
+from job.evaluate.retrieval import evaluate_retrieval, retrieval_scores
 
 SCALE = torch.tensor(10.0)
 

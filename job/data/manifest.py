@@ -1,5 +1,6 @@
 """The CSV of image keys and captions, as two columns of text: 10 million rows of 120 bytes need 1.5 GB."""
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -146,6 +147,18 @@ def read_manifest(
     if not len(manifest):
         raise DataError(f"{path} holds column names ({', '.join(names)}) but no rows. Check that it was written to its end.")
     return manifest
+
+
+def read_manifest_like(path: Path, *, separator: str, image_column: str, caption_column: str, key_prefix: str) -> Manifest:
+    """A second CSV, such as that of held-out pairs: read as the first one was if its first line has the same two columns, else by
+    itself. Args and Raises: see read_manifest; columns by name."""
+    mark, first_line = {"tab": "\t"}.get(separator, separator), ""
+    with contextlib.suppress(OSError), path.open(encoding="utf-8-sig", errors="replace") as file:
+        first_line = file.readline()  # what can't be read, read_manifest explains
+    names = {name.strip(' "\r\n') for name in first_line.split(mark)}
+    if not {image_column, caption_column} <= names:
+        return read_manifest(path, key_prefix=key_prefix)
+    return read_manifest(path, separator=separator, image_column=image_column, caption_column=caption_column, key_prefix=key_prefix)
 
 
 def split_rows(keys: Column, fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -3,47 +3,22 @@
 Metric names are CLIP_benchmark's: image_retrieval_recall@k asks texts for images, text_retrieval_recall@k images for texts.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from job.data.batches import ImageSource, Samples, load_images
+from job.data.batches import ImageSource
 from job.data.captions import Captions
+from job.evaluate.encode import HeldOut, encode_held_out
 from job.model.build import ClipModel
-from job.model.text import encode_texts
-from job.model.towers import encode_images
 from job.runtime.world import ALONE, World
 
 RANKS = (1, 5, 10)
 CHUNK_ELEMENTS = 1 << 26
 """Similarities in memory at a time: 256 MB in float32, whatever the number of images."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The held-out images and texts, each once, and which belong together."""
-
-    keys: list[str]
-    texts: list[str]
-    pairs: Tensor
-    """int64 (P, 2): image and text, sorted, each pair once."""
-
-
-def group_pairs(captioned: Iterable[tuple[str, list[str]]]) -> HeldOut:
-    """Groups rows by image and by identical caption. captioned: (image key, captions) of each row."""
-    images: dict[str, int] = {}
-    texts: dict[str, int] = {}
-    pairs = {
-        (images.setdefault(key, len(images)), texts.setdefault(text, len(texts)))
-        for key, captions in captioned
-        for text in captions
-    }
-    return HeldOut(list(images), list(texts), torch.tensor(sorted(pairs), dtype=torch.int64).reshape(-1, 2))
 
 
 def evaluate_retrieval(
@@ -66,82 +41,37 @@ def evaluate_retrieval(
     Args: batch_size: of one rank. stopping: the same answer on every rank, when all ask.
     Returns: metrics; None if stopping() became true on the way. NaN never: without any pair the metrics are empty.
     """
-    device = clip.shift.device
+    features = encode_held_out(
+        clip,
+        held_out,
+        images=images,
+        captions=captions,
+        batch_size=batch_size,
+        threads=threads,
+        autocast=autocast,
+        stopping=stopping,
+        progress=progress,
+        world=world,
+    )
+    if features is None:
+        return None
+    if not len(features.images):
+        return {}
     module: Any = clip.module
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    images_here, texts_here = world.part(len(held_out.keys)), world.part(len(held_out.texts))
-    total = len(images_here) + len(texts_here)
-    try:
-        with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            image_features: list[Tensor] = []
-            found: list[int] = []
-            impatient = stopping if world.size == 1 else lambda: False  # a rank must not leave the others in their transfers
-            batches = load_images(
-                _samples(images_here, batch_size),
-                keys=held_out.keys,
-                images=images,
-                view=clip.view,
-                threads=threads,
-                finish=lambda _asked, loaded: loaded,
-                stopping=impatient,
-            )
-            with contextlib.closing(batches):
-                for at in range(0, world.largest_part(len(held_out.keys)), batch_size):
-                    loaded = next(batches, None) if at < len(images_here) else None
-                    if stopping():
-                        return None
-                    if loaded is not None:
-                        if len(loaded.pixels):
-                            pixels = loaded.pixels.to(device)
-                            image_features.append(encode_images(module, pixels, shift=clip.shift, scale=clip.scale))
-                        found.extend(images_here[at + int(place)] for place in loaded.good)
-                        progress(at + len(loaded.good) + len(loaded.bad), total)
-            text_features = []
-            for at in range(0, world.largest_part(len(held_out.texts)), batch_size):
-                if stopping():
-                    return None
-                here = texts_here[at : at + batch_size]
-                if here:
-                    chunk = captions.tokens(held_out.texts[here.start : here.stop])
-                    features = encode_texts(module, [tokens.to(device) for tokens in chunk.groups])
-                    text_features.append(features[chunk.text_of.to(device)])
-                    progress(len(images_here) + at + len(here), total)
-            if not (image_features and text_features):  # more ranks than images: an empty part must still have the right width
-                nothing = encode_texts(module, [torch.ones(1, 1, dtype=torch.int64, device=device)])[:0]
-                image_features, text_features = image_features or [nothing], text_features or [nothing]
-        image_ID, decoded_I = _assembled(image_features, found, count=len(held_out.keys), world=world)
-        text_TD, _ = _assembled(text_features, texts_here, count=len(held_out.texts), world=world)
-        if not decoded_I.any():
-            return {}
-        place_I = torch.where(decoded_I, decoded_I.cumsum(0) - 1, -1)
-        pairs = held_out.pairs.to(device)
-        pairs = torch.stack([place_I[pairs[:, 0]], pairs[:, 1]], dim=1)
-        scores = retrieval_scores(
-            image_ID[decoded_I], text_TD, pairs[pairs[:, 0] >= 0], logit_scale=module.logit_scale.exp(), world=world
-        )
-        return {name: round(value, 6) for name, value in scores.items()}
-    finally:
-        for part, training in modes:  # each by itself: a locked tower is not in training
-            part.training = training
-
-
-def _samples(here: range, batch_size: int) -> Iterator[Samples]:
-    places = np.array(here, dtype=np.int64)
-    return (Samples(places[at : at + batch_size], places[at : at + batch_size]) for at in range(0, len(places), batch_size))
-
-
-def _assembled(features: list[Tensor], places: Sequence[int], *, count: int, world: World) -> tuple[Tensor, Tensor]:
-    """(count, D) the features of all ranks, each in its place, and (count,) whether there is one."""
-    own = torch.cat(features)
-    index = torch.tensor(list(places), dtype=torch.int64, device=own.device)
-    whole = own.new_zeros(count, own.shape[1]).index_copy_(0, index, own)
-    there = own.new_zeros(count).index_fill_(0, index, 1.0)
-    return world.total(whole), world.total(there) > 0
+    with torch.no_grad():
+        scale = module.logit_scale.exp()
+        scores = retrieval_scores(features.images, features.texts, features.placed(held_out.pairs), logit_scale=scale, world=world)
+    return {name: round(value, 6) for name, value in scores.items()}
 
 
 def retrieval_scores(
-    image_ID: Tensor, text_TD: Tensor, pairs_P2: Tensor, *, logit_scale: Tensor, world: World = ALONE
+    image_ID: Tensor,
+    text_TD: Tensor,
+    pairs_P2: Tensor,
+    *,
+    logit_scale: Tensor,
+    median_ranks: bool = False,
+    world: World = ALONE,
 ) -> dict[str, float]:
     """Recall both ways over all images and texts that belong to a pair. All ranks must call it; each ranks its share of queries.
 
@@ -151,39 +81,68 @@ def retrieval_scores(
     Args:
         image_ID, text_TD: unit features.
         pairs_P2: int64 (image, text) that belong together; an image may have several texts and the reverse.
+        median_ranks: also the median rank both ways, of which 1 is the best.
     """
-    texts, text_P = pairs_P2[:, 1].unique(return_inverse=True)  # those left when images could not be decoded
-    pairs_P2 = torch.stack([pairs_P2[:, 0], text_P], dim=1)
-    text_TD = text_TD[texts]
+    text_TD, pairs_P2 = texts_in_pairs(text_TD, pairs_P2)
     scores: dict[str, float] = {}
-    ranks, probability = _ranks(image_ID, text_TD, pairs_P2, logit_scale=logit_scale, queries=world.part(len(image_ID)))
-    scores |= _shares("text_retrieval_recall", ranks, count=len(image_ID), world=world)
+    medians: dict[str, float] = {}
+    text_ranks, probability = _ranks(image_ID, text_TD, pairs_P2, logit_scale=logit_scale, world=world)
     right = world.total(probability.double().nan_to_num(0.0).sum()) / len(image_ID)
-    ranks, _ = _ranks(text_TD, image_ID, pairs_P2.flip(1), logit_scale=logit_scale, queries=world.part(len(text_TD)))
-    scores |= _shares("image_retrieval_recall", ranks, count=len(text_TD), world=world)
+    image_ranks, _ = _ranks(text_TD, image_ID, pairs_P2.flip(1), logit_scale=logit_scale, world=world)
+    for name, ranks in (("text_retrieval", text_ranks), ("image_retrieval", image_ranks)):
+        scores |= {f"{name}_recall@{k}": int((ranks < k).sum()) / len(ranks) for k in RANKS}
+        medians[f"{name}_median_rank"] = float(np.median(ranks.cpu().numpy())) + 1
     scores["mean_recall"] = sum(scores.values()) / len(scores)
     scores["right_caption_probability"] = right.item()
-    return scores
+    return scores | medians if median_ranks else scores
 
 
-def _shares(name: str, ranks: Tensor, *, count: int, world: World) -> dict[str, float]:
-    """Recall at each of RANKS, from the ranks of this rank's queries. Args: count: of the queries of all."""
-    hits = world.total(torch.stack([(ranks < k).sum() for k in RANKS]))
-    return {f"{name}@{k}": hit / count for k, hit in zip(RANKS, hits.tolist(), strict=True)}
+def recall_at_5(scores: dict[str, float]) -> float:
+    """The mean of both ways."""
+    return (scores["image_retrieval_recall@5"] + scores["text_retrieval_recall@5"]) / 2
 
 
-def _ranks(query_QD: Tensor, answer_AD: Tensor, pairs_P2: Tensor, *, logit_scale: Tensor, queries: range) -> tuple[Tensor, Tensor]:
-    """Of these q queries, (q,) wrong answers at or above the best right one, and (q,) probability of all right answers together."""
-    ranks, probabilities = [pairs_P2.new_zeros(0)], [query_QD.new_zeros(0)]
-    rows = max(1, CHUNK_ELEMENTS // len(answer_AD))
+def texts_in_pairs(text_TD: Tensor, pairs_P2: Tensor) -> tuple[Tensor, Tensor]:
+    """The texts that belong to an image, and the pairs with their new numbers: some images may not have been decodable."""
+    texts, text_P = pairs_P2[:, 1].unique(return_inverse=True)
+    texts_TD = text_TD if len(texts) == len(text_TD) else text_TD[texts]  # a copy of a million would be 2 GB
+    return texts_TD, torch.stack([pairs_P2[:, 0], text_P], dim=1)
+
+
+def similarities(
+    query_QD: Tensor, answer_AD: Tensor, pairs_P2: Tensor, *, queries: range | None = None, at_once: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of so many queries at a time as fit: (q, A) similarities, and (q, A) bool, which answers are right.
+
+    Args: pairs_P2: int64 (query, right answer). queries: which ones; None: all. at_once: similarities; 0: CHUNK_ELEMENTS.
+    """
+    queries = range(len(query_QD)) if queries is None else queries
+    rows = max(1, (at_once or CHUNK_ELEMENTS) // len(answer_AD))
+    starts = [*queries[::rows], queries.stop]
     order = pairs_P2[pairs_P2[:, 0].argsort(stable=True)]
-    for start in range(queries.start, queries.stop, rows):
-        stop = min(start + rows, queries.stop)
-        similarity_qA = query_QD[start:stop] @ answer_AD.T
-        mine = order[(order[:, 0] >= start) & (order[:, 0] < stop)]
+    bounds = torch.searchsorted(order[:, 0].contiguous(), torch.tensor(starts, device=order.device)).tolist()
+    for at, start in enumerate(starts[:-1]):
+        similarity_qA = query_QD[start : starts[at + 1]] @ answer_AD.T
+        mine = order[bounds[at] : bounds[at + 1]]
         right_qA = torch.zeros_like(similarity_qA, dtype=torch.bool)
         right_qA[mine[:, 0] - start, mine[:, 1]] = True
-        best_q1 = similarity_qA.masked_fill(~right_qA, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append((~(similarity_qA < best_q1) & ~right_qA).sum(dim=1))  # so written, what is not a number is no hit
+        yield similarity_qA, right_qA
+
+
+def best_right(similarity_qA: Tensor, right_qA: Tensor) -> tuple[Tensor, Tensor]:
+    """(q, 1) similarity of the best right answer, and (q,) wrong answers that reach it."""
+    best_q1 = similarity_qA.masked_fill(~right_qA, -torch.inf).amax(dim=1, keepdim=True)
+    return best_q1, (~(similarity_qA < best_q1) & ~right_qA).sum(dim=1)  # so written, what is not a number is no hit
+
+
+def _ranks(query_QD: Tensor, answer_AD: Tensor, pairs_P2: Tensor, *, logit_scale: Tensor, world: World) -> tuple[Tensor, Tensor]:
+    """(Q,) wrong answers at or above the best right one, for the queries of all ranks, and (q,) probability of all right answers
+    together, for this rank's."""
+    queries = world.part(len(query_QD))
+    ranks, probabilities = [pairs_P2.new_zeros(0)], [query_QD.new_zeros(0)]
+    for similarity_qA, right_qA in similarities(query_QD, answer_AD, pairs_P2, queries=queries):
+        ranks.append(best_right(similarity_qA, right_qA)[1])
         probabilities.append(((logit_scale * similarity_qA).softmax(dim=1) * right_qA).sum(dim=1))
-    return torch.cat(ranks), torch.cat(probabilities)
+    whole = pairs_P2.new_zeros(len(query_QD))
+    whole[queries.start : queries.stop] = torch.cat(ranks)
+    return world.total(whole), torch.cat(probabilities)
