@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import job
-from job.commands import data, runs
+from job.commands import data, reports, runs
 from job.config import FIELDS, field_type, flag, parse_value, type_name
 from job.errors import ConfigError, JobError
 from job.runtime.stop import StopSignal
@@ -114,7 +114,7 @@ def check(config_file: str, all_images: bool, as_json: bool, **flags: Any) -> in
     return report.exit_code
 
 
-for command in (data.pack, data.fetch, runs.inspect, runs.watch, runs.rm):
+for command in (data.pack, data.fetch, runs.inspect, runs.watch, runs.rm, reports.report, reports.compare):
     cli.add_command(command)
 
 

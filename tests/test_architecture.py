@@ -15,6 +15,7 @@ RANKS = [
     {"__main__", "launch", "cli", "commands", "spawn"},
     {"train", "attempt", "claim", "start", "inputs", "inspect_run", "watch", "result", "demo", "settings"},
     {"evaluate"},
+    {"report"},
     {"model", "checkpoint"},
     {"data"},
     {"runtime", "storage"},

@@ -65,11 +65,67 @@ def evaluate_retrieval(
     Args: batch_size: of one rank. stopping: the same answer on every rank, when all ask.
     Returns: metrics; None if stopping() became true on the way. NaN never: without any pair the metrics are empty.
     """
+    encoded = encode_held_out(
+        clip,
+        held_out.keys,
+        held_out.texts,
+        images=images,
+        captions=captions,
+        batch_size=batch_size,
+        threads=threads,
+        autocast=autocast,
+        stopping=stopping,
+        progress=progress,
+        world=world,
+    )
+    if encoded is None:
+        return None
+    image_ID, decoded_I, text_TD = encoded.images, encoded.decoded, encoded.texts
+    if not decoded_I.any():
+        return {}
+    place_I = torch.where(decoded_I, decoded_I.cumsum(0) - 1, -1)
+    pairs = held_out.pairs.to(image_ID.device)
+    pairs = torch.stack([place_I[pairs[:, 0]], pairs[:, 1]], dim=1)
+    scale = clip.module.logit_scale.detach().exp()
+    scores = retrieval_scores(image_ID[decoded_I], text_TD, pairs[pairs[:, 0] >= 0], logit_scale=scale, world=world)
+    return {name: round(value, 6) for name, value in scores.items()}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Unit features of held-out images and texts, on the model's device."""
+
+    images: Tensor
+    """(I, D) float32; zeros where the image can't be decoded."""
+    decoded: Tensor
+    """(I,) bool."""
+    texts: Tensor
+    """(T, D) float32"""
+
+
+def encode_held_out(
+    clip: ClipModel,
+    keys: list[str],
+    texts: list[str],
+    *,
+    images: ImageSource,
+    captions: Captions,
+    batch_size: int,
+    threads: int,
+    autocast: torch.dtype | None,
+    stopping: Callable[[], bool],
+    progress: Callable[[int, int], None] = lambda _done, _of: None,
+    world: World = ALONE,
+) -> Encoded | None:
+    """The features of all of these images and texts. All ranks must call it; each encodes its share. Args: see evaluate_retrieval.
+
+    Returns: None if stopping() became true on the way.
+    """
     device = clip.shift.device
     module: Any = clip.module
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
-    images_here, texts_here = world.part(len(held_out.keys)), world.part(len(held_out.texts))
+    images_here, texts_here = world.part(len(keys)), world.part(len(texts))
     total = len(images_here) + len(texts_here)
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
@@ -78,7 +134,7 @@ def evaluate_retrieval(
             impatient = stopping if world.size == 1 else lambda: False  # a rank must not leave the others in their transfers
             batches = load_images(
                 _samples(images_here, batch_size),
-                keys=held_out.keys,
+                keys=keys,
                 images=images,
                 view=clip.view,
                 threads=threads,
@@ -86,7 +142,7 @@ def evaluate_retrieval(
                 stopping=impatient,
             )
             with contextlib.closing(batches):
-                for at in range(0, world.largest_part(len(held_out.keys)), batch_size):
+                for at in range(0, world.largest_part(len(keys)), batch_size):
                     loaded = next(batches, None) if at < len(images_here) else None
                     if stopping():
                         return None
@@ -97,29 +153,21 @@ def evaluate_retrieval(
                         found.extend(images_here[at + int(place)] for place in loaded.good)
                         progress(at + len(loaded.good) + len(loaded.bad), total)
             text_features = []
-            for at in range(0, world.largest_part(len(held_out.texts)), batch_size):
+            for at in range(0, world.largest_part(len(texts)), batch_size):
                 if stopping():
                     return None
                 here = texts_here[at : at + batch_size]
                 if here:
-                    chunk = captions.tokens(held_out.texts[here.start : here.stop])
+                    chunk = captions.tokens(texts[here.start : here.stop])
                     features = encode_texts(module, [tokens.to(device) for tokens in chunk.groups])
                     text_features.append(features[chunk.text_of.to(device)])
                     progress(len(images_here) + at + len(here), total)
             if not (image_features and text_features):  # more ranks than images: an empty part must still have the right width
                 nothing = encode_texts(module, [torch.ones(1, 1, dtype=torch.int64, device=device)])[:0]
                 image_features, text_features = image_features or [nothing], text_features or [nothing]
-        image_ID, decoded_I = _assembled(image_features, found, count=len(held_out.keys), world=world)
-        text_TD, _ = _assembled(text_features, texts_here, count=len(held_out.texts), world=world)
-        if not decoded_I.any():
-            return {}
-        place_I = torch.where(decoded_I, decoded_I.cumsum(0) - 1, -1)
-        pairs = held_out.pairs.to(device)
-        pairs = torch.stack([place_I[pairs[:, 0]], pairs[:, 1]], dim=1)
-        scores = retrieval_scores(
-            image_ID[decoded_I], text_TD, pairs[pairs[:, 0] >= 0], logit_scale=module.logit_scale.exp(), world=world
-        )
-        return {name: round(value, 6) for name, value in scores.items()}
+        image_ID, decoded_I = _assembled(image_features, found, count=len(keys), world=world)
+        text_TD, _ = _assembled(text_features, texts_here, count=len(texts), world=world)
+        return Encoded(image_ID, decoded_I, text_TD)
     finally:
         for part, training in modes:  # each by itself: a locked tower is not in training
             part.training = training

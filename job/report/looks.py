@@ -1,0 +1,42 @@
+"""Held-out images with what the base model and the exported one say of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from job.report.words import esc, number, percent
+
+
+def cards(entries: Sequence[Mapping[str, Any]], texts: Mapping[str, str], *, candidates: int) -> str:
+    """One card per image. Args: entries, texts: see evaluate/gallery.py. candidates: captions that each was asked about."""
+    return f'<div class="looks">{"".join(_card(entry, texts, candidates=candidates) for entry in entries)}</div>'
+
+
+def _card(entry: Mapping[str, Any], texts: Mapping[str, str], *, candidates: int) -> str:
+    right = [texts.get(str(text), "") for text in entry["right"]]
+    also = "".join(f'<p class="key" dir="auto">also: {esc(text)}</p>' for text in right[1:2])
+    picture = '<div class="noimage">no picture</div>'
+    if str(entry["thumbnail"]).startswith("data:image/jpeg;base64,"):
+        alt = f"held-out image {entry['key']}"
+        picture = f'<img src="{esc(entry["thumbnail"])}" alt="{esc(alt)}" width="88" height="88" loading="lazy">'
+    caption = f'<p class="caption" dir="auto" title="{esc(right[0])}">{esc(right[0])}</p>' if right else ""
+    sides = "".join(
+        _side(words, entry[name], texts, candidates=candidates) for name, words in (("before", "Before"), ("after", "After"))
+    )
+    return (
+        f'<article class="look"><header>{picture}<div>{caption}{also}<p class="key">{esc(entry["key"])}</p></div></header>'
+        f'<div class="sides">{sides}</div></article>'
+    )
+
+
+def _side(words: str, side: Mapping[str, Any], texts: Mapping[str, str], *, candidates: int) -> str:
+    items = []
+    for item in side["top"]:
+        caption, mark = texts.get(str(item["text"]), ""), "✓ " if item["right"] else ""
+        width = max(0.0, min(100.0, 100 * item["probability"]))
+        items.append(
+            f'<li{" class=yes" if item["right"] else ""} style="--w:{width:.1f}%">'
+            f'<span class="said" dir="auto" title="{esc(caption)}">{mark}{esc(caption)}</span>'
+            f"<b>{percent(item['probability'], 0)}</b></li>"
+        )
+    rank = f"right one: {number(side['rank'] + 1)} of {number(candidates)}"
+    return f"<section><h4><span>{words}</span><span>{rank}</span></h4><ol>{''.join(items)}</ol></section>"
