@@ -69,11 +69,11 @@ class RunFacts:
 
     @property
     def step(self) -> int:
-        return max([0, *(row["step"] for row in self.steps[-1:]), *(item["reached"] for item in self.attempts)])
+        return int(max([0, *(row["step"] for row in self.steps[-1:]), *(item["reached"] for item in self.attempts)]))
 
     @property
     def seconds(self) -> float:
-        return sum(self.ledger.get("seconds", {}).values())
+        return float(sum(self.ledger.get("seconds", {}).values()))
 
     @property
     def goodput(self) -> float | None:
@@ -101,7 +101,7 @@ def gather(uri: str, *, result: Mapping[str, Any] | None = None) -> RunFacts:
         raise ResumeError(f"{files.shown(uri)}/config.json lacks the run's settings. Use the version of clipjob that wrote it.")
     found = dict(result) if result else store.result()
     listed = files.list_files(files.join(uri, "attempts"))
-    histories, attempts, beacon = [], [], {}
+    histories, attempts, beacon = [], [], dict[str, Any]()
     for item in store.attempts():
         name = files.join(uri, "attempts", f"{item['attempt']:06}")
         raw = files.read_bytes(f"{name}-history.jsonl") if f"{item['attempt']:06}-history.jsonl" in listed else b""
