@@ -180,7 +180,8 @@ def _reliability(facts: RunFacts) -> str:
 
 _HOW_TO_READ = (
     "They are put into 15 groups by the probability that the model gives to the caption it prefers. On the dotted line, a model "
-    "that says 70\u202f% is right in 70\u202f% of cases; below it, it is too sure of itself. The size of a dot is the number of images."
+    "that says 70\u202f% is right in 70\u202f% of cases; below it, it is too sure of itself. "
+    "The size of a dot is the number of images."
 )
 _WHAT_IT_IS = (
     "The probability is a softmax over these captions at the model's own <code>logit_scale</code>, so it depends on how many and "
