@@ -11,8 +11,8 @@ from typing import Any
 from job.report.words import esc, is_number, number, percent
 
 WIDTH, HEIGHT = 460, 236
-LEFT, RIGHT, TOP, BOTTOM = 50, 14, 12, 38
-MOST_POINTS = 600
+LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 42
+MOST_POINTS = 240
 """Of one line; beyond it each point is the mean of several steps, in a band from their lowest to their highest."""
 MOST_HITS = 72
 """Places of a plot that tell their values when pointed at."""
@@ -91,7 +91,8 @@ def line_chart(
     if not lines:
         return '<p class="nothing">There are no values to show.</p>'
     every = [item for _, found in lines for item in found]
-    scale = _Scale.around(every, from_zero=from_zero, highest=highest)
+    range_x = [x for one, _ in lines for x in (one.points[0][0], one.points[-1][0])]
+    scale = _Scale.around(every, min(range_x), max(range_x), from_zero=from_zero, highest=highest)
     body = [_axes(scale, x_label=x_label, y_label=y_label, shown=shown)]
     body += [_line(one, found, scale) for one, found in lines]
     body.append(_hits(lines, scale, x_label=x_label, shown=shown))
@@ -134,8 +135,7 @@ class _Scale:
     height: int = HEIGHT
 
     @classmethod
-    def around(cls, items: Sequence[Bucket], *, from_zero: bool, highest: float | None) -> "_Scale":
-        x_low, x_high = min(item.x for item in items), max(item.x for item in items)
+    def around(cls, items: Sequence[Bucket], x_low: float, x_high: float, *, from_zero: bool, highest: float | None) -> "_Scale":
         x_low = 0.0 if x_low <= 0.1 * x_high else x_low
         y_low, y_high = min(item.low for item in items), max(item.high for item in items)
         y_low = min(0.0, y_low) if from_zero else y_low
@@ -180,7 +180,7 @@ def _axes(scale: _Scale, *, x_label: str, y_label: str, shown: Callable[[float],
     if y_label:
         middle = (TOP + bottom) / 2
         parts.append(
-            f'<text class="label" transform="translate(10 {middle}) rotate(-90)" text-anchor="middle">{esc(y_label)}</text>'
+            f'<text class="label y" transform="translate(9 {middle}) rotate(-90)" text-anchor="middle">{esc(y_label)}</text>'
         )
     return "".join(parts)
 
@@ -192,7 +192,7 @@ def _line(one: Series, found: Sequence[Bucket], scale: _Scale) -> str:
         edge = [scale.at(item.x, item.high) for item in found] + [scale.at(item.x, item.low) for item in reversed(found)]
         parts.append(f'<path class="band c{one.colour}" d="{_path(edge)}Z"/>')
     if len(places) > 1:
-        parts.append(f'<path class="line c{one.colour}"{_dashed(one)} d="{_path(places)}"/>')
+        parts.append(f'<path class="line{" fine" if len(places) > 60 else ""} c{one.colour}"{_dashed(one)} d="{_path(places)}"/>')
     marked = places if len(places) == 1 or (one.dots and len(places) <= 40) else places[-1:]
     parts += [f'<circle class="dot c{one.colour}" cx="{x}" cy="{y}" r="2.8"/>' for x, y in marked]
     return "".join(parts)

@@ -5,10 +5,16 @@ from typing import Any
 
 from job.report.words import esc, number, percent
 
+FIRST = 8
+"""So many are seen at once."""
+
 
 def cards(entries: Sequence[Mapping[str, Any]], texts: Mapping[str, str], *, candidates: int) -> str:
     """One card per image. Args: entries, texts: see evaluate/gallery.py. candidates: captions that each was asked about."""
-    return f'<div class="looks">{"".join(_card(entry, texts, candidates=candidates) for entry in entries)}</div>'
+    shown = [_card(entry, texts, candidates=candidates) for entry in entries]
+    others = f'<div class="looks">{"".join(shown[FIRST:])}</div>'
+    rest = f'<details class="more"><summary>{len(shown) - FIRST} more</summary>{others}</details>'
+    return f'<div class="looks">{"".join(shown[:FIRST])}</div>{rest if len(shown) > FIRST else ""}'
 
 
 def _card(entry: Mapping[str, Any], texts: Mapping[str, str], *, candidates: int) -> str:
@@ -19,8 +25,10 @@ def _card(entry: Mapping[str, Any], texts: Mapping[str, str], *, candidates: int
         alt = f"held-out image {entry['key']}"
         picture = f'<img src="{esc(entry["thumbnail"])}" alt="{esc(alt)}" width="88" height="88" loading="lazy">'
     caption = f'<p class="caption" dir="auto" title="{esc(right[0])}">{esc(right[0])}</p>' if right else ""
+    most = max((item["probability"] for name in ("before", "after") for item in entry[name]["top"]), default=0.0) or 1.0
     sides = "".join(
-        _side(words, entry[name], texts, candidates=candidates) for name, words in (("before", "Before"), ("after", "After"))
+        _side(words, entry[name], texts, candidates=candidates, most=most)
+        for name, words in (("before", "Before"), ("after", "After"))
     )
     return (
         f'<article class="look"><header>{picture}<div>{caption}{also}<p class="key">{esc(entry["key"])}</p></div></header>'
@@ -28,15 +36,17 @@ def _card(entry: Mapping[str, Any], texts: Mapping[str, str], *, candidates: int
     )
 
 
-def _side(words: str, side: Mapping[str, Any], texts: Mapping[str, str], *, candidates: int) -> str:
+def _side(words: str, side: Mapping[str, Any], texts: Mapping[str, str], *, candidates: int, most: float) -> str:
+    """One model's answers. Args: most: the probability whose bar is as wide as the list."""
     items = []
     for item in side["top"]:
         caption, mark = texts.get(str(item["text"]), ""), "✓ " if item["right"] else ""
-        width = max(0.0, min(100.0, 100 * item["probability"]))
+        width = 100 * max(0.0, min(1.0, item["probability"] / most))
         items.append(
             f'<li{" class=yes" if item["right"] else ""} style="--w:{width:.1f}%">'
             f'<span class="said" dir="auto" title="{esc(caption)}">{mark}{esc(caption)}</span>'
             f"<b>{percent(item['probability'], 0)}</b></li>"
         )
-    rank = f"right one: {number(side['rank'] + 1)} of {number(candidates)}"
-    return f"<section><h4><span>{words}</span><span>{rank}</span></h4><ol>{''.join(items)}</ol></section>"
+    told = f"the right caption comes at place {number(side['rank'] + 1)} of {number(candidates)}"
+    rank = f'<span title="{told}">rank {number(side["rank"] + 1)}</span>'
+    return f"<section><h4><span>{words}</span>{rank}</h4><ol>{''.join(items)}</ol></section>"

@@ -1,6 +1,6 @@
 """The page of one run. It asks for nothing from outside: its policy forbids that, scripts included."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from job.report.charts import Series, line_chart, reliability_chart
@@ -11,6 +11,7 @@ from job.report.style import CSS
 from job.report.words import METRICS, duration, esc, in_order, is_number, last_part, metric_name, moment, number, percent, points
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+RATE_STEPS, MOST_RATES = 5, 120
 TILES = ("image_retrieval_recall@5", "text_retrieval_recall@5", "right_caption_probability")
 
 
@@ -31,9 +32,9 @@ def render(facts: RunFacts) -> str:
         _head(facts),
         _scores(facts),
         _curves(facts),
-        _reliability(facts),
         _gallery(facts),
         _mistakes(facts),
+        _reliability(facts),
         _time(facts),
         _settings(facts),
         _loading(facts),
@@ -98,7 +99,7 @@ def _tiles(facts: RunFacts) -> str:
 def _change(before: Any, after: Any) -> str:
     better = is_number(before) and after > before
     same = not is_number(before) or after == before
-    return f'<span class="{"" if same else "up" if better else "down"}" style="display:inline">{points(before, after)}</span>'
+    return f'<span class="delta{"" if same else " up" if better else " down"}">{points(before, after)}</span>'
 
 
 def _scores(facts: RunFacts) -> str:
@@ -127,7 +128,6 @@ def _scores(facts: RunFacts) -> str:
 def _curves(facts: RunFacts) -> str:
     batch = facts.settings.get("global_batch_size", 0)
     loss = [(row["step"], row.get("loss")) for row in facts.steps]
-    rates = [(row["step"], batch / row["seconds"] if row.get("seconds") else None) for row in facts.steps]
     odd = sum(not is_number(value) for _, value in loss)
     note = f'<p class="note">{number(odd)} steps without a finite loss are left out; they changed no weights.</p>' if odd else ""
     charts = [("Loss", line_chart([Series("loss", loss)], label="Loss over steps", y_label="loss") + note)]
@@ -143,10 +143,25 @@ def _curves(facts: RunFacts) -> str:
         charts.append(
             ("Probability of the right caption", _share_chart(right, label="Probability of the right caption over steps"))
         )
-    speed = line_chart([Series("samples/s", rates, 5)], label="Throughput over steps", y_label="samples/s", from_zero=True)
+    speed = line_chart(
+        [Series("samples/s", rates_of(facts.steps, batch), 5)], label="Throughput over steps", y_label="samples/s", from_zero=True
+    )
     charts.append(("Throughput", speed))
     shown = "".join(f'<div class="card"><h3>{title}</h3>{chart}</div>' for title, chart in charts)
     return f'<h2>Training</h2><div class="grid2">{shown}</div>'
+
+
+def rates_of(rows: Sequence[Mapping[str, Any]], batch: int) -> list[tuple[float, float | None]]:
+    """(step, samples/s) over RATE_STEPS steps or more at a time: a save makes one row's time longer and the next one's shorter."""
+    size = max(RATE_STEPS, -(-len(rows) // MOST_RATES))
+    found: list[tuple[float, float | None]] = []
+    for start in range(0, len(rows), size):
+        share = rows[start : start + size]
+        if len(share) < min(size, len(rows)) / 2:
+            break
+        seconds = sum(row.get("seconds") or 0.0 for row in share)
+        found.append((share[-1]["step"], batch * len(share) / seconds if seconds else None))
+    return found
 
 
 def _share_chart(lines: list[Series], *, label: str) -> str:
@@ -195,7 +210,7 @@ def _gallery(facts: RunFacts) -> str:
         return _no_gallery(facts)
     note = (
         f"{len(gallery['gallery'])} held-out images, picked by a hash of their names, and the captions that the model prefers "
-        f"among {number(gallery['candidates'])}. A right one is marked ✓."
+        f"among {number(gallery['candidates'])}. A right one is marked ✓; rank is the place of the right one among all."
     )
     shown = cards(gallery["gallery"], gallery["texts"], candidates=gallery["candidates"])
     return f'<h2>Held-out images, before and after</h2><p class="note">{note}</p>{shown}'

@@ -22,6 +22,7 @@ p{margin:0 0 12px;max-width:70ch}
 background:var(--card)}
 .pill.done{color:var(--good);border-color:currentColor}
 .lead{font-size:18px;line-height:1.5}
+.chart+.note{margin-top:10px}
 .note,.nothing{color:var(--muted);font-size:14px}
 .nothing{padding:20px 0;margin:0}
 .tiles{display:grid;grid-template-columns:repeat(4,1fr);gap:14px;margin:26px 0 0}
@@ -31,7 +32,7 @@ background:var(--card)}
 .tile strong{display:block;font-size:30px;line-height:1.25;letter-spacing:-.02em;font-weight:640;
 font-variant-numeric:tabular-nums;margin-top:4px}
 .tile em{font-style:normal;font-size:13.5px;color:var(--muted);font-variant-numeric:tabular-nums}
-.up{color:var(--good);font-weight:600}.down{color:var(--bad);font-weight:600}
+.delta,.tile .delta{display:inline;font-weight:600;font-size:inherit}.delta.up{color:var(--good)}.delta.down{color:var(--bad)}
 .grid2{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:14px;margin-top:14px}
 .card{padding:18px 20px 14px;min-width:0}
 .card.wide{margin-top:14px}
@@ -50,6 +51,7 @@ svg{display:block}
 .tick{font-size:12px;fill:var(--muted);font-variant-numeric:tabular-nums}.label{font-size:12px;fill:var(--muted)}
 .grid{stroke:var(--line)}.axis{stroke:var(--muted);stroke-opacity:.6}.guide{stroke:var(--muted);stroke-dasharray:3 4;
 stroke-opacity:.8}
+.fine{stroke-width:1.5!important}
 .line{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round;stroke-linecap:butt}
 .band{fill:var(--c);fill-opacity:.16}.dot{fill:var(--c)}.piece{fill:var(--c)}
 .bubble{fill:var(--c);fill-opacity:.35;stroke:var(--c);stroke-width:1.5}
@@ -71,13 +73,14 @@ gap:4px 32px;font-size:14px}
 .looks{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:14px;margin-top:14px}
 .look{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px;min-width:0}
 .look header{display:grid;grid-template-columns:88px minmax(0,1fr);gap:14px;margin-bottom:12px}
-.look img,.noimage{width:88px;height:88px;object-fit:contain;border-radius:6px;background:#fff}
+.look img,.noimage{width:88px;height:88px;object-fit:contain;border-radius:6px;object-position:left top}
 .noimage{background:var(--soft);color:var(--muted);font-size:12px;display:grid;place-items:center}
 .caption{font-weight:600;line-height:1.35;overflow-wrap:anywhere;display:-webkit-box;-webkit-line-clamp:3;
 -webkit-box-orient:vertical;overflow:hidden;margin:0}
 .key{color:var(--muted);font-size:12px;overflow-wrap:anywhere;margin:4px 0 0;display:-webkit-box;-webkit-line-clamp:2;
 -webkit-box-orient:vertical;overflow:hidden}
 .sides{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:16px}
+.more>.looks{margin-top:12px}
 .sides h4{margin:0 0 5px;font-size:12.5px;font-weight:550;color:var(--muted);display:flex;justify-content:space-between;gap:6px}
 .sides ol{list-style:none;margin:0;padding:0;font-size:13.5px;line-height:1.3}
 .sides li{position:relative;display:grid;grid-template-columns:minmax(0,1fr) auto;gap:8px;padding:3px 0 5px}
@@ -88,7 +91,8 @@ border-radius:1px;opacity:.7}
 .sides li b{font-weight:500;color:var(--muted);font-variant-numeric:tabular-nums;font-size:12.5px}
 footer{margin-top:56px;padding-top:16px;border-top:1px solid var(--line);color:var(--muted);font-size:13px;
 overflow-wrap:anywhere}
-@media(max-width:760px){main{padding:26px 16px 44px}h1{font-size:27px}.lead{font-size:16.5px}h2{margin-top:40px}
+@media(max-width:760px){.chart .tick,.chart .label{font-size:16px}.chart .label.y{display:none}main{padding:26px 16px 44px}
+h1{font-size:27px}.lead{font-size:16.5px}h2{margin-top:40px}
 .tiles{grid-template-columns:repeat(2,1fr);gap:10px}.tile{padding:12px 14px}.tile strong{font-size:24px}
 .grid2,.looks{grid-template-columns:minmax(0,1fr)}.card{padding:14px 14px 10px}.timeline{gap:5px 9px;font-size:12.5px}
 .shares{grid-template-columns:1fr}}
