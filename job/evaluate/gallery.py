@@ -65,13 +65,14 @@ def make_gallery(
     Args: clip: its weights are replaced. before, after: weights files of it. Others: see `evaluate_retrieval`.
     Returns: JSON values; None if stopping() became true on the way. Raises: DataError, when weights can't be loaded.
     """
+    module: Any = clip.module
     sample = choose(held_out)
     count, deadline, judged = len(sample.keys), time.monotonic() + BUDGET_SECONDS, {}
     decoded = torch.ones(0, dtype=torch.bool)
     for name, weights in (("after", after), ("before", before)):
         if stopping():
             return None
-        load_weights(clip.module, str(weights), model=str(weights))
+        load_weights(module, str(weights), model=str(weights))
         image_parts, text_parts, decoded_parts, texts_done, done = [], [], [], 0, 0
         while done < count:
             until = min(done + CHUNK, count)
@@ -101,7 +102,7 @@ def make_gallery(
         right_IT = torch.zeros(count, texts_done, dtype=torch.bool)
         pairs = sample.pairs[sample.pairs[:, 0] < count]
         right_IT[pairs[:, 0], pairs[:, 1]] = True
-        scale = float(clip.module.logit_scale.detach().exp())
+        scale = float(module.logit_scale.detach().exp())
         judged[name] = judge(torch.cat(image_parts)[decoded], torch.cat(text_parts), right_IT[decoded], logit_scale=scale)
     if not decoded.any():
         return _empty(held_out)
@@ -117,7 +118,7 @@ def choose(held_out: HeldOut) -> HeldOut:
     texts_of: dict[int, list[str]] = {}
     for image, text in mine:
         texts_of.setdefault(image, []).append(held_out.texts[text])
-    rows, seen = [], set[str]()
+    rows, seen = list[tuple[str, list[str]]](), set[str]()
     for number in chosen:
         texts = texts_of.get(number, [])[:TEXTS]
         if rows and len(seen.union(texts)) > TEXTS:

@@ -86,7 +86,8 @@ def evaluate_retrieval(
     place_I = torch.where(decoded_I, decoded_I.cumsum(0) - 1, -1)
     pairs = held_out.pairs.to(image_ID.device)
     pairs = torch.stack([place_I[pairs[:, 0]], pairs[:, 1]], dim=1)
-    scale = clip.module.logit_scale.detach().exp()
+    module: Any = clip.module
+    scale = module.logit_scale.detach().exp()
     scores = retrieval_scores(image_ID[decoded_I], text_TD, pairs[pairs[:, 0] >= 0], logit_scale=scale, world=world)
     return {name: round(value, 6) for name, value in scores.items()}
 

@@ -76,6 +76,7 @@ def line_chart(
     shown: Callable[[float], str] = number,
     from_zero: bool = False,
     highest: float | None = None,
+    most: int = MOST_POINTS,
 ) -> str:
     """Lines over steps, with a legend where there are several.
 
@@ -84,9 +85,10 @@ def line_chart(
         shown: a value as text.
         from_zero: the y axis begins at 0.
         highest: it ends there at most.
+        most: points of each line.
     Returns: HTML; a sentence, if no series has a finite point.
     """
-    lines = [(one, buckets(one.points)) for one in series]
+    lines = [(one, buckets(one.points, most)) for one in series]
     lines = [(one, found) for one, found in lines if found]
     if not lines:
         return '<p class="nothing">There are no values to show.</p>'

@@ -10,6 +10,8 @@ from job.report.words import duration, esc, is_number, last_part, moment, number
 
 SCORES = ("image_retrieval_recall@1", "image_retrieval_recall@5", "text_retrieval_recall@1", "text_retrieval_recall@5")
 COLOURS = 8
+MOST_POINTS = 80
+"""Of one curve among several."""
 PROBABLY_THE_SAME = (*PLACES, "metrics_port", "metrics_textfile", "log_every", "scratch_limit", "keep_staged")
 """Settings that decide nothing about a model."""
 
@@ -118,7 +120,9 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             duration(row["seconds"]),
         ]
         chosen = "".join(f"<td>{esc(_setting(value))}</td>" for value in row["settings"].values())
-        body.append(f"<tr><td>{dot}{esc(row['name'])}</td>{chosen}{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>")
+        body.append(
+            f"<tr><td class=who>{dot}{esc(row['name'])}</td>{chosen}{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>"
+        )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
@@ -135,7 +139,7 @@ def _charts(runs: Sequence[RunFacts], rows: Sequence[dict[str, Any]]) -> str:
 
     loss = lines(lambda facts: [(row["step"], row.get("loss")) for row in facts.steps], dots=False)
     charts = [
-        ("Loss", line_chart(loss, label="Loss over steps", y_label="loss")),
+        ("Loss", line_chart(loss, label="Loss over steps", y_label="loss", most=MOST_POINTS)),
         ("Text → image, recall@5", recall("image_retrieval_recall@5")),
         ("Image → text, recall@5", recall("text_retrieval_recall@5")),
         ("Mean recall", recall("mean_recall")),

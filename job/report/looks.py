@@ -5,6 +5,7 @@ from typing import Any
 
 from job.report.words import esc, number, percent
 
+SIDES = (("before", "Before"), ("after", "After"))
 FIRST = 8
 """So many are seen at once."""
 
@@ -26,10 +27,7 @@ def _card(entry: Mapping[str, Any], texts: Mapping[str, str], *, candidates: int
         picture = f'<img src="{esc(entry["thumbnail"])}" alt="{esc(alt)}" width="88" height="88" loading="lazy">'
     caption = f'<p class="caption" dir="auto" title="{esc(right[0])}">{esc(right[0])}</p>' if right else ""
     most = max((item["probability"] for name in ("before", "after") for item in entry[name]["top"]), default=0.0) or 1.0
-    sides = "".join(
-        _side(words, entry[name], texts, candidates=candidates, most=most)
-        for name, words in (("before", "Before"), ("after", "After"))
-    )
+    sides = "".join(_side(words, entry[name], texts, candidates=candidates, most=most) for name, words in SIDES)
     return (
         f'<article class="look"><header>{picture}<div>{caption}{also}<p class="key">{esc(entry["key"])}</p></div></header>'
         f'<div class="sides">{sides}</div></article>'

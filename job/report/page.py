@@ -64,7 +64,7 @@ def _lead(facts: RunFacts) -> str:
     entries = (facts.data.get("lmdb") or {}).get("entries")
     data = f"{last_part(str(facts.settings.get('csv', '?')))}{f' ({number(entries)} images)' if entries else ''}"
     attempts = "one attempt" if len(facts.attempts) == 1 else f"{len(facts.attempts)} attempts"
-    trained = f"{esc(model_of(facts))}, fine-tuned on {esc(data)} for {number(facts.step)} steps in {attempts}."
+    trained = f"{esc(model_of(facts))}, fine-tuned on {esc(data)} for {number(facts.step)} step{'' if facts.step == 1 else 's'} in {attempts}."
     name = "image_retrieval_recall@5"
     before, after = facts.before.get(name), facts.after.get(name)
     gained = " Nothing was held out, so what it gained is not known." if not facts.evaluations else ""
@@ -291,6 +291,6 @@ def _loading(facts: RunFacts) -> str:
 
 
 def _foot(facts: RunFacts) -> str:
-    versions = next((item["versions"] for item in reversed(facts.attempts) if item.get("versions")), {})
+    versions: dict[str, str] = next((item["versions"] for item in reversed(facts.attempts) if item.get("versions")), {})
     with_what = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     return f"<footer>{esc(facts.uri)}<br>Made {moment(facts.made_at)}{f' · {esc(with_what)}' if with_what else ''}</footer>"

@@ -129,7 +129,7 @@ def _attempt(item: dict[str, Any], last: int, reason: str) -> str:
 
 def _marks(steps: Sequence[int], last: int, what: str, *, best: int | None) -> str:
     """Diamonds for evaluations, squares for checkpoints, the best one ringed."""
-    chosen = [*steps[:: -(-len(steps) // MOST_MARKS)], *([best] if best in steps else [])]
+    chosen = [*steps[:: -(-len(steps) // MOST_MARKS)], *(step for step in steps if step == best)]
     shape = "M0 -5L5 0L0 5L-5 0Z" if what == "evaluation" else "M-4 -4H4V4H-4Z"
     parts = []
     for step in dict.fromkeys(chosen):
@@ -146,7 +146,7 @@ def _marks(steps: Sequence[int], last: int, what: str, *, best: int | None) -> s
 
 def _step_axis(last: int) -> str:
     parts = []
-    for value in ticks(0, last, 4):
+    for value in ticks(0, last, 3):
         anchor = "start" if value == 0 else "end" if value > 0.96 * last else "middle"
         parts.append(
             f'<text class="tick" x="{_at(value, last)}" y="14" text-anchor="{anchor}">'

@@ -91,10 +91,11 @@ border-radius:1px;opacity:.7}
 .sides li b{font-weight:500;color:var(--muted);font-variant-numeric:tabular-nums;font-size:12.5px}
 footer{margin-top:56px;padding-top:16px;border-top:1px solid var(--line);color:var(--muted);font-size:13px;
 overflow-wrap:anywhere}
+td.who{white-space:nowrap}
 @media(max-width:760px){.chart .tick,.chart .label{font-size:16px}.chart .label.y{display:none}main{padding:26px 16px 44px}
 h1{font-size:27px}.lead{font-size:16.5px}h2{margin-top:40px}
 .tiles{grid-template-columns:repeat(2,1fr);gap:10px}.tile{padding:12px 14px}.tile strong{font-size:24px}
-.grid2,.looks{grid-template-columns:minmax(0,1fr)}.card{padding:14px 14px 10px}.timeline{gap:5px 9px;font-size:12.5px}
+.grid2,.looks{grid-template-columns:minmax(0,1fr)}.card{padding:14px 14px 10px}.timeline{gap:5px 14px;font-size:12.5px}
 .shares{grid-template-columns:1fr}}
 @media print{:root{color-scheme:light}.card,.look,.tile{break-inside:avoid}}
 """
