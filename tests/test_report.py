@@ -59,7 +59,7 @@ def test_a_run_without_held_out_images_has_a_page(tmp_path: Path) -> None:
 
 def test_a_run_of_one_step_has_a_page(tmp_path: Path) -> None:
     page = page_of(tmp_path, steps=1, attempts=[(0, 1, 0)], evaluations=2)
-    assert "for 1 step in one attempt" in page
+    assert "for one step in one attempt" in page
     assert 'class="dot' in page
 
 

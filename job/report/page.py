@@ -64,7 +64,8 @@ def _lead(facts: RunFacts) -> str:
     entries = (facts.data.get("lmdb") or {}).get("entries")
     data = f"{last_part(str(facts.settings.get('csv', '?')))}{f' ({number(entries)} images)' if entries else ''}"
     attempts = "one attempt" if len(facts.attempts) == 1 else f"{len(facts.attempts)} attempts"
-    trained = f"{esc(model_of(facts))}, fine-tuned on {esc(data)} for {number(facts.step)} step{'' if facts.step == 1 else 's'} in {attempts}."
+    steps = "one step" if facts.step == 1 else f"{number(facts.step)} steps"
+    trained = f"{esc(model_of(facts))}, fine-tuned on {esc(data)} for {steps} in {attempts}."
     name = "image_retrieval_recall@5"
     before, after = facts.before.get(name), facts.after.get(name)
     gained = " Nothing was held out, so what it gained is not known." if not facts.evaluations else ""
