@@ -177,15 +177,26 @@ def test_what_an_earlier_attempt_looked_at_is_not_looked_at_again(tmp_path: Path
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("out of memory"), DataError("the weights are damaged")])
-def test_a_report_that_can_not_be_made_fails_no_run(run: Path, failure: Exception, caplog: pytest.LogCaptureFixture) -> None:
+def test_pictures_that_can_not_be_made_fail_no_run(run: Path, failure: Exception, caplog: pytest.LogCaptureFixture) -> None:
     def fail(_before: Path, _after: Path) -> None:
         raise failure
 
     with caplog.at_level(logging.WARNING):
         assert end(run, fail)
     assert (run / "result.json").is_file()
-    told = [record for record in caplog.records if record.message == "no report could be made"]
+    told = [record for record in caplog.records if record.message == "no pictures of held-out images could be made"]
     assert str(failure) in told[0].__dict__["reason"]
+    assert "no pictures of held-out images" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_page_that_can_not_be_made_fails_no_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("job.evaluate.export.render", lambda _facts: 1 / 0)
+    with caplog.at_level(logging.WARNING):
+        assert end(run, lambda _before, _after: a_gallery())
+    assert (run / "result.json").is_file()
+    assert [record.message for record in caplog.records] == ["no report could be made"]
 
 
 def test_a_signal_during_the_report_leaves_the_run_to_the_next_attempt(run: Path) -> None:

@@ -1,8 +1,9 @@
 """The end of a run: models that open_clip loads in one line, the report, and result.json, which makes the run complete."""
 
+import contextlib
 import logging
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +71,34 @@ def _report(store: RunStore, result: dict[str, Any], *, compare: Callable[[], di
 
     Returns: False, if a signal came on the way. Raises: Superseded, Stopped.
     """
-    try:
-        if compare and read_gallery(store.uri) is None:
-            gallery = compare()
-            if gallery is None:
-                return False
-            store.check_not_superseded()
-            files.write_bytes(files.join(store.uri, *GALLERY), encode(gallery))
-        page = render(gather(store.uri, result=result))
+
+    def write(content: bytes, *name: str) -> None:
         store.check_not_superseded()
-        files.write_bytes(files.join(store.uri, PAGE), page.encode())
-        log.info("report", extra={"bytes": len(page.encode()), "uri": files.shown(files.join(store.uri, PAGE))})
+        files.write_bytes(files.join(store.uri, *name), content)
+
+    if compare:
+        with _no_harm("no pictures of held-out images could be made"):
+            if read_gallery(store.uri) is None:
+                gallery = compare()
+                if gallery is None:
+                    return False
+                write(encode(gallery), *GALLERY)
+    with _no_harm("no report could be made"):
+        page = render(gather(store.uri, result=result)).encode()
+        write(page, PAGE)
+        log.info("report", extra={"bytes": len(page), "uri": files.shown(files.join(store.uri, PAGE))})
+    return True
+
+
+@contextlib.contextmanager
+def _no_harm(told: str) -> Iterator[None]:
+    """Warns of what fails inside, instead of raising it. Raises: Superseded, Stopped."""
+    try:
+        yield
     except (Superseded, Stopped):
         raise
     except Exception as error:  # noqa: BLE001  the model is there; nothing about a page may cost it
-        log.warning("no report could be made", extra={"reason": f"{type(error).__name__}: {error}"})
-    return True
+        log.warning(told, extra={"reason": f"{type(error).__name__}: {error}"})
 
 
 def _result(store: RunStore, state: TrainState, *, best: bool, global_batch_size: int) -> dict[str, Any]:
