@@ -135,6 +135,14 @@ def test_a_line_that_stays_where_it_is_can_be_drawn(value: float) -> None:
     assert 'class="line' in chart
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_there_are_no_fractions_of_steps(tmp_path: Path, steps: int) -> None:
+    page = page_of(tmp_path, steps=steps, attempts=[(0, steps, 0)], evaluations=2)
+    below = re.findall(r'y="(?:14|211)" text-anchor="\w+">(?:step )?([^<]+)</text>', page)
+    assert len(below) >= 8
+    assert all(text.isdigit() for text in below)
+
+
 def test_series_differ_by_more_than_colour() -> None:
     chart = line_chart([Series("a", [(0, 1), (1, 2)], 0, 0), Series("b", [(0, 2), (1, 3)], 1, 1)], label="two")
     assert chart.count("stroke-dasharray") == 2  # in the plot and in the legend

@@ -67,6 +67,11 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [at * step for at in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def whole_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """The same for what can only be counted."""
+    return [value for value in ticks(low, high, most) if value == round(value)]
+
+
 def line_chart(
     series: Sequence[Series],
     *,
@@ -169,10 +174,11 @@ def _axes(scale: _Scale, *, x_label: str, y_label: str, shown: Callable[[float],
         _, y = scale.at(scale.x_low, value)
         parts.append(f'<line class="grid" x1="{LEFT}" y1="{y}" x2="{WIDTH - RIGHT}" y2="{y}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4}" text-anchor="end">{esc(shown(value))}</text>')
-    for value in ticks(scale.x_low, scale.x_high):
+    whole = x_label == "step"
+    for value in (whole_ticks if whole else ticks)(scale.x_low, scale.x_high):
         x, _ = scale.at(value, scale.y_low)
         anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
-        told = shown(value) if scale.x_high <= 1 and x_label != "step" else number(value)
+        told = number(value) if whole else shown(value)
         parts.append(f'<line class="axis" x1="{x}" y1="{bottom}" x2="{x}" y2="{bottom + 4}"/>')
         parts.append(f'<text class="tick" x="{x}" y="{bottom + 17}" text-anchor="{anchor}">{esc(told)}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" y1="{bottom}" x2="{WIDTH - RIGHT}" y2="{bottom}"/>')

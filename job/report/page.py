@@ -238,10 +238,10 @@ def _mistakes(facts: RunFacts) -> str:
 
 def _time(facts: RunFacts) -> str:
     ledger = facts.ledger
-    counts = ""
-    if ledger:
+    counts = "No restarts."
+    if ledger.get("restarts"):
         counts = (
-            f"{number(ledger.get('restarts', 0))} restarts, {number(ledger.get('preemptions', 0))} of them asked for; "
+            f"{number(ledger['restarts'])} restarts, {number(ledger.get('preemptions', 0))} of them after a signal; "
             f"{number(ledger.get('lost_steps', 0))} steps were lost and done again."
         )
     return (

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from job.report.charts import ticks
+from job.report.charts import whole_ticks
 from job.report.facts import RunFacts
 from job.report.words import duration, esc, moment, number, percent
 
@@ -146,7 +146,7 @@ def _marks(steps: Sequence[int], last: int, what: str, *, best: int | None) -> s
 
 def _step_axis(last: int) -> str:
     parts = []
-    for value in ticks(0, last, 3):
+    for value in whole_ticks(0, last, 3):
         anchor = "start" if value == 0 else "end" if value > 0.96 * last else "middle"
         parts.append(
             f'<text class="tick" x="{_at(value, last)}" y="14" text-anchor="{anchor}">'
