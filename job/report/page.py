@@ -241,8 +241,8 @@ def _time(facts: RunFacts) -> str:
     counts = "No restarts."
     if ledger.get("restarts"):
         counts = (
-            f"{number(ledger['restarts'])} restarts, {number(ledger.get('preemptions', 0))} of them after a signal; "
-            f"{number(ledger.get('lost_steps', 0))} steps were lost and done again."
+            f"Restarts: {number(ledger['restarts'])}, after a signal {number(ledger.get('preemptions', 0))} of them. "
+            f"Steps lost and done again: {number(ledger.get('lost_steps', 0))}."
         )
     return (
         f'<h2>Time</h2><p class="note">{counts}</p><div class="card wide"><h3>Where {duration(facts.seconds)} went</h3>'
