@@ -18,7 +18,8 @@ from benchmarks.machine import arguments, publish, say, spread, table
 from benchmarks.synthetic import Training, make_training
 from job.model.loss import contrastive_loss
 from job.model.step import _on_device, _update
-from job.model.towers import encode_images, encode_texts
+from job.model.text import encode_texts
+from job.model.towers import encode_images
 
 BANDWIDTH_BYTES = 2**28
 OPTIMISER_BYTES = 4 * (1 + 2 + 4 + 3)

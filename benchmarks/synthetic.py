@@ -15,7 +15,8 @@ from job.data.captions import Captions
 from job.model.build import ClipModel, build_base, prepare_towers, write_base
 from job.model.optimizer import make_optimizer
 from job.model.step import StepReport, StepSettings, train_step
-from job.model.towers import lengths_of, make_towers
+from job.model.text import lengths_of
+from job.model.towers import make_towers
 from job.runtime.device import autocast_dtype
 from job.runtime.memory import keep_freed_memory
 from job.runtime.world import ALONE

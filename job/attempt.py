@@ -21,7 +21,7 @@ import job
 from job.checkpoint.store import RunStore
 from job.data.staging import Staging
 from job.errors import ConfigError, StorageError
-from job.runtime.ledger import Ledger
+from job.runtime.ledger import Ledger, process_age_seconds
 from job.runtime.metrics import Metrics
 from job.runtime.peers import Peers
 from job.runtime.ranks import Ranks
@@ -113,6 +113,7 @@ def describe_attempt(attempt: Attempt) -> dict[str, Any]:
     """Where and with what an attempt runs, for its claim."""
     device = attempt.device
     return {
+        "started_at": round(time.time() - process_age_seconds(), 3),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "ranks": attempt.world.size,

@@ -1,6 +1,7 @@
 """Who may go on with a run, and from where: its config and data are compared, it is claimed, its newest checkpoint is taken."""
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,6 @@ def count_earlier_attempts(attempt: Attempt, restored: Restored | None) -> None:
 def note_end(store: RunStore, exit_code: int, reason: str) -> None:
     """For people who look at the run later; the outcome itself does not hang on it."""
     try:
-        store.end_attempt({"exit_code": exit_code, "reason": reason})
+        store.end_attempt({"exit_code": exit_code, "reason": reason, "ended_at": round(time.time(), 3)})
     except JobError as error:
         log.warning("how this attempt ended could not be noted", extra={"reason": str(error)})

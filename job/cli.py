@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import job
-from job.commands import data, evaluate, export, runs
+from job.commands import data, evaluate, export, reports, runs
 from job.config import FIELDS, field_type, flag, parse_value, type_name
 from job.errors import ConfigError, JobError
 from job.runtime.stop import StopSignal
@@ -114,7 +114,18 @@ def check(config_file: str, all_images: bool, as_json: bool, **flags: Any) -> in
     return report.exit_code
 
 
-for command in (data.pack, data.fetch, runs.inspect, runs.watch, runs.rm, evaluate.evaluate, export.export):
+OTHERS = (
+    data.pack,
+    data.fetch,
+    evaluate.evaluate,
+    export.export,
+    reports.report,
+    reports.compare,
+    runs.inspect,
+    runs.watch,
+    runs.rm,
+)
+for command in OTHERS:
     cli.add_command(command)
 
 

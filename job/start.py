@@ -1,10 +1,12 @@
-"""What an attempt does and builds before its first step, in the order in which train.py calls it. A part of train.py by rank."""
+"""What an attempt does and builds before its first step, in the order in which train.py calls it, and its end. A part of train.py
+by rank."""
 
 import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +22,9 @@ from job.data.dataset import Dataset
 from job.data.order import batches_from, rows_at
 from job.data.staging import Staging
 from job.errors import ConfigError, DataError, ResumeError
-from job.evaluate.encode import group_pairs
+from job.evaluate.encode import HeldOut, group_pairs
+from job.evaluate.export import export_run
+from job.evaluate.gallery import make_gallery
 from job.evaluate.retrieval import evaluate_retrieval
 from job.evaluate.select import fetch_export
 from job.model.build import ClipModel, prepare_towers, write_base
@@ -209,10 +213,7 @@ def evaluation(config: Config, attempt: Attempt, dataset: Dataset, captions: Cap
     """Evaluates the model as it is when called: metrics, or None when a signal came first. None: nothing is held out."""
     if not len(dataset.held_out_rows):
         return None
-    if dataset.held_out is not dataset.manifest:
-        captions = captions_of(config, dataset.held_out.captions, clip)
-    rows = [int(row) for row in dataset.held_out_rows]
-    held_out = group_pairs((dataset.held_out.keys[row], captions.choices(row)) for row in rows)
+    held_out, captions = _held_out(config, dataset, captions, clip)
     world = attempt.world
 
     def evaluate(progress: Callable[[int, int], None]) -> dict[str, float] | None:
@@ -234,3 +235,50 @@ def evaluation(config: Config, attempt: Attempt, dataset: Dataset, captions: Cap
         )
 
     return evaluate
+
+
+def _held_out(config: Config, dataset: Dataset, captions: Captions, clip: ClipModel) -> tuple[HeldOut, Captions]:
+    """Which images and texts belong together, and what tokenises these texts. Args: captions: of the training rows."""
+    if dataset.held_out is not dataset.manifest:
+        captions = captions_of(config, dataset.held_out.captions, clip)
+    rows = [int(row) for row in dataset.held_out_rows]
+    return group_pairs((dataset.held_out.keys[row], captions.choices(row)) for row in rows), captions
+
+
+def finish_run(
+    config: Config, attempt: Attempt, state: TrainState, *, dataset: Dataset, captions: Captions, clip: ClipModel, base: Path
+) -> bool:
+    """Exports, report and result of a run whose last step is durable; one rank does it for all. Uses up the model in memory.
+
+    Returns: False, if a signal came on the way; the next attempt goes on from there.
+    """
+
+    def stopping() -> bool:
+        attempt.watchdog.beat("exporting")
+        return attempt.stop.requested
+
+    def look(before: Path, after: Path) -> dict[str, Any] | None:
+        held_out, texts = _held_out(config, dataset, captions, clip)
+        with attempt.ledger.within("evaluate"):
+            return make_gallery(
+                clip,
+                held_out,
+                before=before,
+                after=after,
+                images=dataset.held_out_images,
+                captions=texts,
+                batch_size=attempt.world.largest_part(config.global_batch_size),
+                threads=decode_threads(config.threads, ranks=attempt.world.ranks),
+                autocast=autocast_dtype(config.precision),
+                stopping=stopping,
+            )
+
+    return export_run(
+        attempt.store,
+        state,
+        base=base,
+        scratch=attempt.scratch,
+        global_batch_size=config.global_batch_size,
+        look=look if len(dataset.held_out_rows) else None,
+        stopping=stopping,
+    )

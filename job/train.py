@@ -7,7 +7,7 @@
 4. run         a restart is compared with the run's config and data, then the attempt is claimed
 5. state       the newest checkpoint that verifies, or step 0
 6. steps       at the top of the loop stands a finished step: evaluate it, save it, leave, or take the next one
-7. result      exports, then result.json, which makes the run complete
+7. result      exports and the report, then result.json, which makes the run complete
 """
 
 import contextlib
@@ -32,7 +32,6 @@ from job.data.captions import Captions
 from job.data.dataset import Dataset
 from job.data.order import steps_in
 from job.errors import StorageError, exit_code_of
-from job.evaluate.export import export_run
 from job.inputs import Beside, open_dataset, read_tables, stage_lmdbs, staging_area
 from job.model.build import WEIGHTS_FILE, ClipModel, build_base
 from job.model.optimizer import lr_at, warmup_steps
@@ -57,6 +56,7 @@ from job.start import (
     checkpoint_writer,
     evaluation,
     find_base,
+    finish_run,
     make_metrics,
     new_state,
     step_settings,
@@ -290,9 +290,7 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
                 raise diverged(state.nonfinite_in_a_row, step=state.step, lr=config.lr, precision=config.precision)
 
     def finish() -> bool:
-        return export_run(
-            store, state, base=base, scratch=attempt.scratch, global_batch_size=batch_size, stopping=lambda: stop.requested
-        )
+        return finish_run(config, attempt, state, dataset=dataset, captions=captions, clip=clip, base=base)
 
     if not complete or not world.share("exported", finish):
         return Outcome.STOPPED

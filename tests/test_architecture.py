@@ -15,6 +15,7 @@ RANKS = [
     {"__main__", "launch", "cli", "commands", "spawn"},
     {"train", "attempt", "claim", "start", "inputs", "inspect_run", "watch", "result", "demo", "settings"},
     {"evaluate"},
+    {"report"},
     {"model", "checkpoint"},
     {"data"},
     {"runtime", "storage"},
@@ -99,7 +100,8 @@ def test_help_is_quick() -> None:
     assert min(times) < 0.4
 
 
-def test_store_and_storage_need_no_torch() -> None:
-    code = "import sys, job.checkpoint.store, job.inspect_run, job.data.manifest, job.data.pack; print('torch' in sys.modules)"
+def test_store_storage_and_report_need_no_torch() -> None:
+    rooms = "job.checkpoint.store, job.inspect_run, job.data.manifest, job.data.pack, job.report.page, job.report.compare"
+    code = f"import sys, {rooms}; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.strip() == "False"

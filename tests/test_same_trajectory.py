@@ -18,7 +18,8 @@ from job.data.captions import Captions
 from job.model.build import prepare_towers
 from job.model.optimizer import lr_at, make_optimizer
 from job.model.step import StepSettings, train_step
-from job.model.towers import lengths_of, make_towers
+from job.model.text import lengths_of
+from job.model.towers import make_towers
 from job.runtime.world import ALONE
 
 STEPS, SIZE = 12, 8

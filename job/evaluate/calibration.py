@@ -50,14 +50,18 @@ def calibration_at(image_ID: Tensor, text_TD: Tensor, pairs_P2: Tensor, *, logit
     for similarity_qT, right_qT in similarities(image_ID, text_TD, pairs_P2):
         confidence.append((logit_scale * similarity_qT).softmax(dim=1).amax(dim=1).double())
         correct.append((best_right(similarity_qT, right_qT)[1] == 0).double())
-    confidence_I, correct_I = torch.cat(confidence).cpu(), torch.cat(correct).cpu()
+    bins, ece = reliability(torch.cat(confidence).cpu(), torch.cat(correct).cpu())
+    return Calibration(logit_scale, ece, _nll(image_ID, text_TD, pairs_P2, [logit_scale])[0], bins)
+
+
+def reliability(confidence_I: Tensor, correct_I: Tensor) -> tuple[list[Bin], float]:
+    """Bins of equal width, and the expected calibration error. Args: float64, on the CPU; correct: 1 or 0."""
     bin_I = (confidence_I * BINS).ceil().clamp(1, BINS).long() - 1
     count = bin_I.bincount(minlength=BINS)
     sums = [bin_I.bincount(weights=values, minlength=BINS) for values in (confidence_I, correct_I)]
     means = [(total / count.clamp(min=1)).tolist() for total in sums]
     ece = (sums[0] - sums[1]).abs().sum().item() / len(confidence_I)
-    bins = [Bin(*values) for values in zip(*means, count.tolist(), strict=True)]
-    return Calibration(logit_scale, ece, _nll(image_ID, text_TD, pairs_P2, [logit_scale])[0], bins)
+    return [Bin(*values) for values in zip(*means, count.tolist(), strict=True)], ece
 
 
 def best_scale(image_ID: Tensor, text_TD: Tensor, pairs_P2: Tensor) -> float:
