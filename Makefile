@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEST_FLAGS ?=
-TEST_WORKERS ?= 2
+TEST_WORKERS ?= 3
 IMAGE ?= clipjob:latest
 BUILD_FLAGS ?=
 
@@ -17,7 +17,7 @@ demo: $(VENV)/run  ## Train a small model on 2465 real images, in about two minu
 	$(BIN)/clipjob demo
 
 test: $(VENV)/dev  ## Run all tests
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(TEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_FLAGS)
 
 storm: $(VENV)/dev  ## The kill storm with 200 SIGKILLs
 	$(BIN)/python -m pytest tests/test_kill_storm.py --kills 200 --timeout 7200
