@@ -179,6 +179,7 @@ class Config:
     )
     metrics_host: str = option("0.0.0.0", "Address that /metrics listens on.", may_change=True)  # noqa: S104  scraped from afar
     metrics_textfile: str = option("", "Folder for a .prom file with the same, for node_exporter.", may_change=True)
+    tensorboard: str = option("", "Folder for TensorBoard's event files, of every attempt; needs its package.", may_change=True)
     log_every: Interval = option(Interval("seconds", 10), "Interval of log lines, where there is no terminal.", may_change=True)
 
     def __post_init__(self) -> None:

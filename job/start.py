@@ -1,12 +1,10 @@
-"""What an attempt does and builds before its first step, in the order in which train.py calls it, and its end. A part of train.py
-by rank."""
+"""What an attempt does and builds before its first step, in the order in which train.py calls it. A part of train.py by rank."""
 
 import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,14 +21,14 @@ from job.data.order import batches_from, rows_at
 from job.data.staging import Staging
 from job.errors import ConfigError, DataError, ResumeError
 from job.evaluate.encode import HeldOut, group_pairs
-from job.evaluate.export import export_run
-from job.evaluate.gallery import make_gallery
 from job.evaluate.retrieval import evaluate_retrieval
 from job.evaluate.select import fetch_export
 from job.model.build import ClipModel, prepare_towers, write_base
+from job.model.flops import peak_flops, training_flops
 from job.model.optimizer import make_optimizer
 from job.model.step import StepSettings
 from job.model.text import lengths_of
+from job.runtime.board import check_package
 from job.runtime.device import autocast_dtype, decode_threads
 from job.runtime.metrics import Metrics
 from job.runtime.watchdog import Watchdog
@@ -105,6 +103,8 @@ def _fetch_export(run: str, scratch: Path, *, check: Callable[[], None]) -> Path
 
 def make_metrics(config: Config, *, watchdog: Watchdog, is_first: bool) -> Metrics:
     """Rank 0's are seen; the others count for nobody. Close it."""
+    if config.tensorboard:
+        check_package()
     textfile = None
     if config.metrics_textfile and is_first:
         textfile = Path(config.metrics_textfile) / f"clipjob-{hashlib.sha256(config.run.encode()).hexdigest()[:12]}.prom"
@@ -112,9 +112,23 @@ def make_metrics(config: Config, *, watchdog: Watchdog, is_first: bool) -> Metri
         port=config.metrics_port if is_first else 0,
         host=config.metrics_host,
         textfile=textfile,
+        board=Path(config.tensorboard) if config.tensorboard and is_first else None,
         watchdog=watchdog,
         build=versions(),
     )
+
+
+def flops_share(config: Config, attempt: Attempt, captions: Captions, clip: ClipModel, *, row_count: int) -> float | None:
+    """What one sample per second uses of the arithmetic that all GPUs could do; None where that is not known."""
+    if attempt.device.type != "cuda" or config.precision == "fp32":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(attempt.device))
+    if peak is None:
+        return None
+    rows = range(0, row_count, max(1, row_count // 256))
+    found = captions.tokens([captions.choices(row)[0] for row in rows]).groups
+    tokens = round(sum(group.numel() for group in found) / sum(len(group) for group in found))
+    return training_flops(clip, tokens_per_text=tokens) / (peak * attempt.world.size)
 
 
 def check_loss(config: Config, clip: ClipModel) -> None:
@@ -213,7 +227,7 @@ def evaluation(config: Config, attempt: Attempt, dataset: Dataset, captions: Cap
     """Evaluates the model as it is when called: metrics, or None when a signal came first. None: nothing is held out."""
     if not len(dataset.held_out_rows):
         return None
-    held_out, captions = _held_out(config, dataset, captions, clip)
+    held_out, captions = held_out_texts(config, dataset, captions, clip)
     world = attempt.world
 
     def evaluate(progress: Callable[[int, int], None]) -> dict[str, float] | None:
@@ -237,48 +251,9 @@ def evaluation(config: Config, attempt: Attempt, dataset: Dataset, captions: Cap
     return evaluate
 
 
-def _held_out(config: Config, dataset: Dataset, captions: Captions, clip: ClipModel) -> tuple[HeldOut, Captions]:
+def held_out_texts(config: Config, dataset: Dataset, captions: Captions, clip: ClipModel) -> tuple[HeldOut, Captions]:
     """Which images and texts belong together, and what tokenises these texts. Args: captions: of the training rows."""
     if dataset.held_out is not dataset.manifest:
         captions = captions_of(config, dataset.held_out.captions, clip)
     rows = [int(row) for row in dataset.held_out_rows]
     return group_pairs((dataset.held_out.keys[row], captions.choices(row)) for row in rows), captions
-
-
-def finish_run(
-    config: Config, attempt: Attempt, state: TrainState, *, dataset: Dataset, captions: Captions, clip: ClipModel, base: Path
-) -> bool:
-    """Exports, report and result of a run whose last step is durable; one rank does it for all. Uses up the model in memory.
-
-    Returns: False, if a signal came on the way; the next attempt goes on from there.
-    """
-
-    def stopping() -> bool:
-        attempt.watchdog.beat("exporting")
-        return attempt.stop.requested
-
-    def look(before: Path, after: Path) -> dict[str, Any] | None:
-        held_out, texts = _held_out(config, dataset, captions, clip)
-        with attempt.ledger.within("evaluate"):
-            return make_gallery(
-                clip,
-                held_out,
-                before=before,
-                after=after,
-                images=dataset.held_out_images,
-                captions=texts,
-                batch_size=attempt.world.largest_part(config.global_batch_size),
-                threads=decode_threads(config.threads, ranks=attempt.world.ranks),
-                autocast=autocast_dtype(config.precision),
-                stopping=stopping,
-            )
-
-    return export_run(
-        attempt.store,
-        state,
-        base=base,
-        scratch=attempt.scratch,
-        global_batch_size=config.global_batch_size,
-        look=look if len(dataset.held_out_rows) else None,
-        stopping=stopping,
-    )

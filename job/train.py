@@ -32,6 +32,7 @@ from job.data.captions import Captions
 from job.data.dataset import Dataset
 from job.data.order import steps_in
 from job.errors import StorageError, exit_code_of
+from job.finish import finish_run
 from job.inputs import Beside, open_dataset, read_tables, stage_lmdbs, staging_area
 from job.model.build import WEIGHTS_FILE, ClipModel, build_base
 from job.model.optimizer import lr_at, warmup_steps
@@ -56,7 +57,7 @@ from job.start import (
     checkpoint_writer,
     evaluation,
     find_base,
-    finish_run,
+    flops_share,
     make_metrics,
     new_state,
     step_settings,
@@ -177,9 +178,9 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
     evaluate = evaluation(config, attempt, dataset, captions, clip)
     clock = CheckpointClock(config.checkpoint_every, steps_per_epoch=steps_per_epoch)
 
-    metrics.start_run(
-        run=config.run, model=config.model, pretrained=config.pretrained, step=state.step, steps=steps, samples_per_step=batch_size
-    )
+    of_run = {"run": config.run, "model": config.model, "pretrained": config.pretrained}
+    share = flops_share(config, attempt, captions, clip, row_count=row_count)
+    metrics.start_run(**of_run, step=state.step, steps=steps, samples_per_step=batch_size, flops_share=share)
 
     with contextlib.ExitStack() as closing:
         progress = Progress(

@@ -70,6 +70,7 @@ PANELS: dict[str, list[tuple[str, str, str, dict[str, str]]]] = {
         ("Size", "stat", "bytes", {"": f"clipjob_checkpoint_bytes{SELECTOR}"}),
     ],
     GPU: [
+        ("Arithmetic used (MFU)", "timeseries", "percentunit", {"of the peak": f"clipjob_mfu_ratio{SELECTOR}"}),
         ("Memory of the job", "timeseries", "bytes", {"{{kind}}": f"clipjob_device_memory_bytes{SELECTOR}"}),
         ("Tensor cores busy", "timeseries", "percentunit", {"{{gpu}}": "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE"}),
         ("Power", "timeseries", "watt", {"{{gpu}}": "DCGM_FI_DEV_POWER_USAGE"}),

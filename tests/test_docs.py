@@ -11,7 +11,6 @@ import pytest
 
 from job import errors
 from job.cli import cli
-from job.config import FIELDS, flag
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,7 +33,7 @@ def test_exit_codes_in_readme_are_those_of_the_program() -> None:
 
 
 def test_flags_in_readme_exist() -> None:
-    known = {flag(name) for name in FIELDS} | {"--config", "--help", "--csv"}
+    known = {"--help", *(option for command in cli.commands.values() for parameter in command.params for option in parameter.opts)}
     text = re.sub(r"docker run .* clipjob ", "clipjob ", README)
     used = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", text))
     assert used <= known, used - known

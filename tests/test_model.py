@@ -15,6 +15,7 @@ from job.checkpoint.state import TrainState
 from job.data.batches import Batch
 from job.data.captions import Captions
 from job.model.build import ClipModel, prepare_towers
+from job.model.flops import peak_flops, training_flops
 from job.model.loss import LossGradients, contrastive_loss
 from job.model.optimizer import lr_at, make_optimizer, warmup_steps
 from job.model.step import StepReport, StepSettings, take_row, train_step
@@ -237,3 +238,23 @@ def test_a_locked_tower_computes_as_in_evaluation_and_stays_so(tmp_path: Path) -
     prepare_towers(clip.module, lock_image=True, lock_text=False, grad_checkpointing=False)
     assert not clip.module.visual.training
     assert clip.module.transformer.training
+
+
+def test_the_arithmetic_of_a_pair_is_what_the_layers_add_up_to(tmp_path: Path) -> None:
+    clip = tiny.make_clip(tmp_path)
+    width, layers, features, tokens, patches = 32, 2, 16, 10, 5
+
+    def transformer(length: int) -> int:
+        return layers * (2 * 12 * length * width**2 + 2 * 2 * length**2 * width) + 2 * width * features
+
+    convolution = 2 * 4 * width * 3 * 16 * 16
+    expected = 3 * (convolution + transformer(patches) + transformer(tokens))
+    assert training_flops(clip, tokens_per_text=tokens) == expected
+
+
+def test_the_peak_is_that_of_the_most_exact_name() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA L4") == 121e12
+    assert peak_flops("NVIDIA L40S") == 362e12
+    assert peak_flops("NVIDIA GeForce GTX 1060 6GB") is None

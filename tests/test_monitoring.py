@@ -1,6 +1,7 @@
 """Alerts and dashboard against the real thing: promtool, and a Prometheus that scrapes a real run through a kill and a resume."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -10,10 +11,13 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import CHROMIUM
+from dashboard_picture import write_picture
 from system import Job, removed_afterwards, train_command
 
 from job.runtime.metrics import Metrics
@@ -110,6 +114,11 @@ class Prometheus:
         except OSError:
             return []
 
+    def range(self, expression: str, *, start: float) -> list[dict[str, Any]]:
+        """What a panel of the dashboard shows from then until now."""
+        filled = expression.replace("$job", ".*").replace("$instance", ".*").replace("$__rate_interval", "10s")
+        return self.query(filled, path="query_range", start=start, end=time.time(), step=1)
+
     def value(self, expression: str) -> float | None:
         found = self.query(expression)
         return float(found[0]["value"][1]) if found else None
@@ -157,6 +166,14 @@ def test_prometheus_follows_a_run_through_a_kill(folder: Path) -> None:
                         filled = query.replace("$job", ".*").replace("$instance", ".*").replace("$__rate_interval", "10s")
                         assert prometheus.query(filled.replace("[5m]", "[60s]")), f"{title}: {filled}"
             assert prometheus.value("clipjob_goodput_ratio") > 0
+            if CHROMIUM:
+                shown = {row: panels for row, panels in PANELS.items() if row != GPU}
+                picture = folder / "dashboard.png"
+                ask = partial(prometheus.range, start=began)
+                assert write_picture(picture, shown, ask) == sum(map(len, shown.values()))
+                assert picture.stat().st_size > 50_000
+                if place := os.environ.get("DASHBOARD_PNG"):
+                    shutil.copy(picture, place)
             for counter in ("clipjob_samples_total", "clipjob_lost_steps_total", "clipjob_time_seconds_total"):
                 for series in prometheus.query(counter, path="query_range", start=began, end=time.time(), step=1):
                     values = [float(value) for _, value in series["values"]]

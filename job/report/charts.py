@@ -174,7 +174,7 @@ def _axes(scale: _Scale, *, x_label: str, y_label: str, shown: Callable[[float],
         _, y = scale.at(scale.x_low, value)
         parts.append(f'<line class="grid" x1="{LEFT}" y1="{y}" x2="{WIDTH - RIGHT}" y2="{y}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4}" text-anchor="end">{esc(shown(value))}</text>')
-    whole = x_label == "step"
+    whole = x_label in ("step", "seconds")
     for value in (whole_ticks if whole else ticks)(scale.x_low, scale.x_high):
         x, _ = scale.at(value, scale.y_low)
         anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"

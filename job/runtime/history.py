@@ -13,7 +13,8 @@ class Report(Protocol):
 class History:
     """Keeps the rows of this attempt. A step's numbers are read one step late, so that a GPU always has work queued.
 
-    A row's "seconds" is the time since the row before was read: on a GPU, where steps are queued, what one step takes.
+    A row's "seconds" is the time from one `add` to the next. On a GPU, where steps are queued, that is what one step takes, but for
+    the first after a pause, which is only queued, and the last before one, for which that pause waits.
 
     Args: on_row: called with each row of a step once it has been read.
     """
@@ -21,15 +22,17 @@ class History:
     def __init__(self, on_row: Callable[[dict[str, Any]], None]) -> None:
         self._on_row = on_row
         self._lines: list[str] = []
-        self._unread: tuple[Report, float] | None = None
+        self._unread: tuple[Report, dict[str, float]] | None = None
         self.last_row: dict[str, Any] | None = None
         """Of the last step that was read."""
         self._clock = time.monotonic()
 
     def add(self, report: Report, *, data_wait_seconds: float) -> None:
         """Takes the report of a step that has been queued, and reads the one before."""
-        self.flush()
-        self._unread = (report, data_wait_seconds)
+        self._read()
+        now = time.monotonic()
+        timing = {"data_wait_seconds": round(data_wait_seconds, 6), "seconds": now - self._clock}
+        self._unread, self._clock = (report, timing), now
 
     def restart_clock(self) -> None:
         """What came since the last row (an evaluation, a save) belongs to no step."""
@@ -40,15 +43,22 @@ class History:
         self._lines.append(json.dumps({"kind": "evaluation", "step": step, **metrics}) + "\n")
 
     def flush(self) -> None:
-        """Reads what is unread; waits for the device."""
-        if self._unread is not None:
-            (report, data_wait), self._unread = self._unread, None
-            row = {"kind": "step", **report.read(), "data_wait_seconds": round(data_wait, 6)}
-            row["seconds"] = round(time.monotonic() - self._clock, 6)
-            self._clock = time.monotonic()
-            self._lines.append(json.dumps(row) + "\n")
-            self.last_row = row
-            self._on_row(row)
+        """Reads what is unread; waits for the device, and that time is the last step's."""
+        self._read(wait_counts=True)
+
+    def _read(self, *, wait_counts: bool = False) -> None:
+        if self._unread is None:
+            return
+        (report, timing), self._unread = self._unread, None
+        row = {"kind": "step", **report.read(), **timing}
+        if wait_counts:
+            now = time.monotonic()
+            row["seconds"] += now - self._clock
+            self._clock = now
+        row["seconds"] = round(row["seconds"], 6)
+        self._lines.append(json.dumps(row) + "\n")
+        self.last_row = row
+        self._on_row(row)
 
     def to_bytes(self) -> bytes:
         """All rows up to now, as JSON lines."""

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from job.runtime.board import Board
 from job.runtime.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Metrics:
         port: of /metrics. Taken: a free one, which `port` then names. 0: no server.
         host: the address to listen on.
         textfile: written every TEXTFILE_SECONDS with the same, for node_exporter where nothing scrapes jobs.
+        board: folder for TensorBoard's event files.
         watchdog: whose heartbeat /healthz shows: 503 when it is too old. /readyz is 200 once steps are taken.
         build: versions, for clipjob_build_info.
     """
@@ -42,13 +44,17 @@ class Metrics:
         port: int,
         host: str = "127.0.0.1",
         textfile: Path | None = None,
+        board: Path | None = None,
         watchdog: Watchdog | None = None,
         build: Mapping[str, str] | None = None,
     ) -> None:
         self._registry = CollectorRegistry()
         self._watchdog = watchdog or Watchdog(limit_seconds=0)
         self._beacon: Mapping[str, Any] | None = None
-        self._samples_per_step = 0
+        self._samples_per_step = self._at = 0
+        self._mfu: Gauge | None = None
+        self._flops_share = 0.0
+        self._board: Board | None = None
         Info("clipjob_build", "Versions of what runs.", registry=self._registry).info(dict(build or {}))
         self._run = Info("clipjob_run", "Which run this is.", registry=self._registry)
         self._gauge("clipjob_last_heartbeat_timestamp_seconds", "When the job last got on.").set_function(lambda: self._watchdog.at)
@@ -91,14 +97,34 @@ class Metrics:
         """Whether steps are being taken."""
         self._server, self._thread, self.port = _serve(port, host, self._answer)
         self._closed = threading.Event()
+        self._board_folder = board
         self._textfile = textfile
         if textfile:
             threading.Thread(target=self._write_textfile, name="textfile", daemon=True).start()
 
-    def start_run(self, *, run: str, model: str, pretrained: str, step: int, steps: int, samples_per_step: int) -> None:
-        """What is known once the run has been claimed and its newest checkpoint restored."""
+    def start_run(
+        self,
+        *,
+        run: str,
+        model: str,
+        pretrained: str,
+        step: int,
+        steps: int,
+        samples_per_step: int,
+        flops_share: float | None = None,
+    ) -> None:
+        """What is known once the run has been claimed and its newest checkpoint restored.
+
+        Args: flops_share: what one sample per second uses of all the arithmetic that the devices could do; None: unknown.
+        """
+        if self._board_folder:
+            self._board = Board(self._board_folder, step=step)
+        if flops_share:
+            self._mfu = self._gauge("clipjob_mfu_ratio", "Arithmetic that the model needed, of what the devices could have done.")
+            self._flops_share = flops_share
         self._run.info({"run": run, "model": model, "pretrained": pretrained})
         self._samples_per_step = samples_per_step
+        self._at = step
         self._step.set(step)
         self._steps.set(steps)
 
@@ -109,12 +135,18 @@ class Metrics:
 
     def row(self, row: Mapping[str, Any], *, steps: int, steps_per_epoch: float) -> None:
         """A step, as the history has it."""
+        self._at = row["step"]
         self._step.set(row["step"])
         self._epoch.set(row["step"] / steps_per_epoch)
         self._eta.set((steps - row["step"]) * row["seconds"])
         self._lr.set(row["lr"])
         self._duration.observe(row["seconds"])
-        self._rate.set(self._samples_per_step / max(row["seconds"], 1e-9))
+        rate = self._samples_per_step / max(row["seconds"], 1e-9)
+        self._rate.set(rate)
+        if self._mfu:
+            self._mfu.set(rate * self._flops_share)
+        if self._board:
+            self._board.row(row, samples_per_second=rate)
         self._skipped.labels(reason="undecodable").inc(row["bad_samples"])
         if row["loss"] is None or row["gradient_norm"] is None:
             self._nonfinite.inc(row["pairs"] >= 2)
@@ -133,6 +165,8 @@ class Metrics:
             if k:
                 direction = {"text": "image_to_text", "image": "text_to_image"}[kind]
                 self._recall.labels(direction=direction, k=k).set(value)
+        if self._board:
+            self._board.evaluated(scores, step=self._at)
 
     def memory(self, kinds: Mapping[str, int]) -> None:
         """Bytes of the GPU: allocated, reserved, peak."""
@@ -186,6 +220,8 @@ class Metrics:
 
     def close(self) -> None:
         self._closed.set()
+        if self._board:
+            self._board.close()
         if self._textfile:
             self._write_once(self._textfile)
         if self._server is not None:

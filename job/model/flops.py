@@ -1,0 +1,43 @@
+"""How much arithmetic a pair takes, and how much a GPU could do: their ratio is the model FLOPs utilisation (arXiv:2204.02311)."""
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from job.model.build import ClipModel
+from job.model.text import encode_texts
+from job.model.towers import encode_images
+
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+"""Dense bf16 or fp16 operations per second, by NVIDIA's data sheets; the first name that a device's name contains counts."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Of one GPU in bf16 or fp16; None for one that is not listed."""
+    return next((peak for name, peak in PEAKS.items() if name in device_name), None)
+
+
+def training_flops(clip: ClipModel, *, tokens_per_text: int) -> float:
+    """Floating-point operations that training on one pair needs: three forward passes' (one forward, two backward).
+
+    Counted of matrix products, convolutions and attention, as the towers really run them: text on its real tokens.
+    """
+    module: Any = clip.module
+    device = clip.shift.device
+    pixels = torch.zeros(1, 3, clip.view.height, clip.view.width, dtype=torch.uint8, device=device)
+    tokens = torch.ones(1, tokens_per_text, dtype=torch.int64, device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        encode_images(module, pixels, shift=clip.shift, scale=clip.scale)
+        encode_texts(module, [tokens])
+    return 3.0 * float(counter.get_total_flops())
