@@ -2,8 +2,7 @@
 #
 #   BASE_IMAGE      a Debian with Python 3.11, python3-venv and CA certificates; pin its digest for a release
 #   LOCK            run.txt (CUDA 13, driver 580 or newer) or run-cu126.txt (CUDA 12.6: older drivers and GPUs)
-#   EXTRAS          more locks, with spaces between: gcsfs, adlfs
-#   COMPILE_TOOLS   Debian packages that torch.compile needs: "gcc libc6-dev"
+#   EXTRAS          more locks, with spaces between: gcsfs, adlfs, tensorboard
 #   VERSION, REVISION   of the source, for the image's labels
 #
 # Behind a proxy with a certificate of its own:  docker build --secret id=ca_bundle,src=ca.pem …
@@ -30,12 +29,7 @@ RUN /opt/venv/bin/pip install --disable-pip-version-check --no-index --no-deps -
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS runtime
-ARG COMPILE_TOOLS=""
-# hadolint ignore=DL3008,SC2086
-RUN if [ -n "$COMPILE_TOOLS" ]; then \
-        apt-get update && apt-get install --yes --no-install-recommends $COMPILE_TOOLS && rm -rf /var/lib/apt/lists/*; \
-    fi \
-    && install -d -o 10001 -g 0 -m 0775 /work
+RUN install -d -o 10001 -g 0 -m 0775 /work
 COPY --from=deps /opt/venv /opt/venv
 COPY --from=app /app/opt/venv /opt/venv
 
@@ -46,8 +40,6 @@ ENV PATH=/opt/venv/bin:$PATH \
     USER=clipjob \
     HF_HOME=/tmp/huggingface \
     XDG_CACHE_HOME=/tmp/cache \
-    TORCHINDUCTOR_CACHE_DIR=/tmp/inductor \
-    TRITON_CACHE_DIR=/tmp/triton \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 ARG VERSION=unknown

@@ -63,7 +63,7 @@ lock:  ## Resolve all dependencies anew (needs uv)
 	mkdir -p build
 	sed -nE 's/^([a-z].*==[^\]*).*/\1/p' requirements/run.txt | grep -vE '^(torch|triton|nvidia|cuda)' > build/pins.txt
 	$(RESOLVE) pyproject.toml --extra hf --upgrade $(IN_IMAGE) requirements/run-cu126.in -o requirements/run-cu126.txt
-	for extra in gcsfs adlfs; do echo $$extra | $(RESOLVE) - --upgrade $(IN_IMAGE) -o requirements/extra-$$extra.txt; done
+	for extra in gcsfs adlfs tensorboard; do echo $$extra | $(RESOLVE) - --upgrade $(IN_IMAGE) -o requirements/extra-$$extra.txt; done
 
 clean:  ## Remove the environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

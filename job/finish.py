@@ -29,19 +29,18 @@ def finish_run(
 
     def look(before: Path, after: Path) -> dict[str, Any] | None:
         held_out, texts = held_out_texts(config, dataset, captions, clip)
-        with attempt.ledger.within("evaluate"):
-            return make_gallery(
-                clip,
-                held_out,
-                before=before,
-                after=after,
-                images=dataset.held_out_images,
-                captions=texts,
-                batch_size=attempt.world.largest_part(config.global_batch_size),
-                threads=decode_threads(config.threads, ranks=attempt.world.ranks),
-                autocast=autocast_dtype(config.precision),
-                stopping=stopping,
-            )
+        return make_gallery(
+            clip,
+            held_out,
+            before=before,
+            after=after,
+            images=dataset.held_out_images,
+            captions=texts,
+            batch_size=attempt.world.largest_part(config.global_batch_size),
+            threads=decode_threads(config.threads, ranks=attempt.world.ranks),
+            autocast=autocast_dtype(config.precision),
+            stopping=stopping,
+        )
 
     return export_run(
         attempt.store,

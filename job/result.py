@@ -3,17 +3,8 @@
 from typing import Any
 
 from job.errors import DataError, TrainingError
+from job.report.words import METRICS
 from job.storage import files
-
-ROWS = {
-    "image_retrieval_recall@1": "text -> image, recall@1",
-    "image_retrieval_recall@5": "text -> image, recall@5",
-    "image_retrieval_recall@10": "text -> image, recall@10",
-    "text_retrieval_recall@1": "image -> text, recall@1",
-    "text_retrieval_recall@5": "image -> text, recall@5",
-    "text_retrieval_recall@10": "image -> text, recall@10",
-    "right_caption_probability": "probability of the right caption",
-}
 
 
 def result_table(result: dict[str, Any], *, run: str) -> str:
@@ -29,9 +20,9 @@ def result_table(result: dict[str, Any], *, run: str) -> str:
     if after:
         best = result["best"] if result["best_step"] not in (None, result["step"]) else {}
         lines.append(f"{'held-out images':<34}{'before':>8}    {'after':>8}" + (f"    {'best':>8}" if best else ""))
-        for name, words in ROWS.items():
+        for name in (name for name in METRICS if name in after):
             shown = f"    {best[name]:>8.3f}" if best else ""
-            lines.append(f"{words:<34}{before.get(name, 0):>8.3f} -> {after[name]:>8.3f}{shown}")
+            lines.append(f"{METRICS[name]:<34}{before.get(name, 0):>8.3f} -> {after[name]:>8.3f}{shown}")
         lines.append("")
     rate = f", {result['samples_per_second']:.0f} samples/s" if result["samples_per_second"] else ""
     attempts = "1 attempt" if result["attempts"] == 1 else f"{result['attempts']} attempts"

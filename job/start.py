@@ -28,7 +28,7 @@ from job.model.flops import peak_flops, training_flops
 from job.model.optimizer import make_optimizer
 from job.model.step import StepSettings
 from job.model.text import lengths_of
-from job.runtime.board import check_package
+from job.runtime.board import check_board
 from job.runtime.device import autocast_dtype, decode_threads
 from job.runtime.metrics import Metrics
 from job.runtime.watchdog import Watchdog
@@ -104,7 +104,7 @@ def _fetch_export(run: str, scratch: Path, *, check: Callable[[], None]) -> Path
 def make_metrics(config: Config, *, watchdog: Watchdog, is_first: bool) -> Metrics:
     """Rank 0's are seen; the others count for nobody. Close it."""
     if config.tensorboard:
-        check_package()
+        check_board(config.tensorboard)
     textfile = None
     if config.metrics_textfile and is_first:
         textfile = Path(config.metrics_textfile) / f"clipjob-{hashlib.sha256(config.run.encode()).hexdigest()[:12]}.prom"
@@ -118,15 +118,27 @@ def make_metrics(config: Config, *, watchdog: Watchdog, is_first: bool) -> Metri
     )
 
 
-def flops_share(config: Config, attempt: Attempt, captions: Captions, clip: ClipModel, *, row_count: int) -> float | None:
+def start_metrics(config: Config, attempt: Attempt, captions: Captions, clip: ClipModel, *, step: int, steps: int) -> None:
+    """Tells the metrics which run this is, and from where to where it goes."""
+    attempt.metrics.start_run(
+        run=config.run,
+        model=config.model,
+        pretrained=config.pretrained,
+        step=step,
+        steps=steps,
+        samples_per_step=config.global_batch_size,
+        flops_share=_flops_share(config, attempt, captions, clip),
+    )
+
+
+def _flops_share(config: Config, attempt: Attempt, captions: Captions, clip: ClipModel) -> float | None:
     """What one sample per second uses of the arithmetic that all GPUs could do; None where that is not known."""
     if attempt.device.type != "cuda" or config.precision == "fp32":
         return None
     peak = peak_flops(torch.cuda.get_device_name(attempt.device))
     if peak is None:
         return None
-    rows = range(0, row_count, max(1, row_count // 256))
-    found = captions.tokens([captions.choices(row)[0] for row in rows]).groups
+    found = captions.tokens(captions.sample(256)).groups
     tokens = round(sum(group.numel() for group in found) / sum(len(group) for group in found))
     return training_flops(clip, tokens_per_text=tokens) / (peak * attempt.world.size)
 

@@ -57,9 +57,9 @@ from job.start import (
     checkpoint_writer,
     evaluation,
     find_base,
-    flops_share,
     make_metrics,
     new_state,
+    start_metrics,
     step_settings,
     training_batches,
 )
@@ -178,9 +178,7 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
     evaluate = evaluation(config, attempt, dataset, captions, clip)
     clock = CheckpointClock(config.checkpoint_every, steps_per_epoch=steps_per_epoch)
 
-    of_run = {"run": config.run, "model": config.model, "pretrained": config.pretrained}
-    share = flops_share(config, attempt, captions, clip, row_count=row_count)
-    metrics.start_run(**of_run, step=state.step, steps=steps, samples_per_step=batch_size, flops_share=share)
+    start_metrics(config, attempt, captions, clip, step=state.step, steps=steps)
 
     with contextlib.ExitStack() as closing:
         progress = Progress(
@@ -229,6 +227,8 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
             last = state.step == steps
             due = state.step == 0 or last or due_at_step(config.evaluate_every, state.step, steps_per_epoch=steps_per_epoch)
             must_evaluate = evaluate is not None and due and state.evaluated_step != state.step
+            if must_evaluate:
+                history.flush()
             with ledger.within("evaluate"):
                 scores = evaluate(progress.evaluating) if evaluate and must_evaluate else None
             best = False

@@ -21,6 +21,7 @@ from job.cli import cli
 from job.errors import ConfigError, ResumeError
 from job.evaluate.alpha import ALPHAS, GUARD_LIMIT, Scored, largest_within_guard, mix
 from job.evaluate.calibration import calibration_at
+from job.evaluate.card import MODEL_FILE
 from job.evaluate.encode import encode_held_out
 from job.evaluate.pairs import captions_of, held_out_of, open_pairs, reading_of
 from job.evaluate.retrieval import recall_at_5
@@ -100,8 +101,12 @@ def test_quickgelu_survives_in_every_format(run: Path, tmp_path: Path) -> None:
     export(quick, tmp_path / "folder", "--format", "hf")
     assert loaded_elsewhere(f"local-dir:{tmp_path / 'folder'}", tmp_path / "red.jpg")[3] == "QuickGELU"
     export(quick, tmp_path / "file", "--format", "safetensors")
-    assert sorted(path.name for path in (tmp_path / "file").iterdir()) == ["README.md", "alpha.json", WEIGHTS_FILE]
-    assert "force_quick_gelu=True" in (tmp_path / "file" / "README.md").read_text(encoding="utf-8")
+    assert sorted(path.name for path in (tmp_path / "file").iterdir()) == ["README.md", "alpha.json", MODEL_FILE, WEIGHTS_FILE]
+    assert json.loads((tmp_path / "file" / MODEL_FILE).read_text(encoding="utf-8"))["quick_gelu"] is True
+    card = (tmp_path / "file" / "README.md").read_text(encoding="utf-8")
+    code = card[card.rindex("```python") + len("```python") : card.rindex("```")] + "\nprint(type(model).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "file")
+    assert (done.returncode, done.stdout.strip().rsplit("\n", 1)[-1]) == (0, "CLIP"), done.stderr
     assert equal(weights_of(tmp_path / "file"), weights_of(tmp_path / "folder"))
 
 

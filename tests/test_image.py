@@ -122,7 +122,7 @@ def test_a_signal_to_pid_1_under_strict_flags_saves_and_the_next_container_goes_
 def test_the_demo_writes_into_the_folder_of_the_user_who_started_it(image: str, tmp_path: Path) -> None:
     with removed_afterwards(tmp_path / "out") as folder:
         subprocess.run(["chown", "1234:1234", folder], check=True)
-        flags = ["--user", "1234:1234", "--network", "none", "--volume", f"{folder}:/work"]
+        flags = ["--user", "1234:1234", *STRICT[2:], "--volume", f"{folder}:/work"]
         words = ["demo", "--max-steps", "3", "--global-batch-size", "16", "--val-fraction", "0.02", "--device", "cpu"]
         started, _ = container(image, *words, flags=flags)
         with started:

@@ -250,6 +250,20 @@ def test_the_arithmetic_of_a_pair_is_what_the_layers_add_up_to(tmp_path: Path) -
     convolution = 2 * 4 * width * 3 * 16 * 16
     expected = 3 * (convolution + transformer(patches) + transformer(tokens))
     assert training_flops(clip, tokens_per_text=tokens) == expected
+    for parameter in clip.module.visual.parameters():
+        parameter.requires_grad_(False)
+    assert training_flops(clip, tokens_per_text=tokens) == expected - 2 * (convolution + transformer(patches))
+
+
+def test_counting_the_arithmetic_changes_nothing(tmp_path: Path) -> None:
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "head_width": 16, "patch_size": None}  # a ResNet
+    clip = tiny.make_clip(tmp_path, vision_cfg=vision)
+    clip.module.train()
+    before = {name: value.clone() for name, value in clip.module.state_dict().items()}
+    assert any("running_mean" in name for name in before)
+    assert training_flops(clip, tokens_per_text=4) > 0
+    assert all(torch.equal(value, before[name]) for name, value in clip.module.state_dict().items())
+    assert clip.module.training
 
 
 def test_the_peak_is_that_of_the_most_exact_name() -> None:
@@ -257,4 +271,5 @@ def test_the_peak_is_that_of_the_most_exact_name() -> None:
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA L4") == 121e12
     assert peak_flops("NVIDIA L40S") == 362e12
-    assert peak_flops("NVIDIA GeForce GTX 1060 6GB") is None
+    for name in ("NVIDIA GeForce GTX 1060 6GB", "NVIDIA L40", "NVIDIA RTX A1000", "NVIDIA T400"):
+        assert peak_flops(name) is None

@@ -223,8 +223,8 @@ def _records(
             records.append(write_record(write.RETRIEVAL, metrics, counts=counts, calibrations=calibrations))
         if task == "retrieval":
             return records
-        labels = labels_of(zip(pairs.keys(), pairs.tags(), strict=True), keys=held_out.keys, names=names)
-        if task == "classification" or (task == "all" and (names is not None or len(labels.names) < len(labels.pairs))):
+        if task == "classification" or names is not None or pairs.reading.caption_mode == "sample":
+            labels = labels_of(zip(pairs.keys(), pairs.tags(), strict=True), keys=held_out.keys, names=names)
             captions, autocast = captions_of(pairs, clip), encode.keywords["autocast"]  # type: ignore[attr-defined]
             of_classes = class_features(clip, labels.names, templates=templates, captions=captions, autocast=autocast)
             placed = features.placed(labels.pairs)

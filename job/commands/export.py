@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     type=click.Choice(["open_clip", "safetensors", "hf"]),
     default="open_clip",
     show_default=True,
-    help="open_clip, hf: a folder for local-dir: and hf-hub:, the same for both. safetensors: the weights alone.",
+    help="open_clip, hf: a folder for local-dir: and hf-hub:, the same for both. safetensors: one file, and the model's config.",
 )
 @computing
 def export(run: str, to: str, alpha: str, calibrate: bool, form: str, which: str | None, step: int | None, **given: Any) -> int:
@@ -87,8 +87,8 @@ def _make(
     """Writes the export. Returns: what alpha it has, and why."""
     from job.checkpoint.transfer import COMPLETE
     from job.evaluate.alpha import mix
-    from job.evaluate.card import model_card
-    from job.model.build import WEIGHTS_FILE, write_export
+    from job.evaluate.card import MODEL_FILE, model_card
+    from job.model.build import CONFIG_FILE, WEIGHTS_FILE, write_export
     from job.model.weights import save_weights
 
     pairs = _open(chosen, staging, needed=calibrate, given=given)
@@ -105,7 +105,10 @@ def _make(
     folder.mkdir()
     weights = folder / WEIGHTS_FILE if single_file else folder.parent / WEIGHTS_FILE
     save_weights(tensors, weights)
-    if not single_file:
+    if single_file:
+        config = json.loads((chosen.base / CONFIG_FILE).read_text(encoding="utf-8"))
+        (folder / MODEL_FILE).write_text(json.dumps(config["model_cfg"], indent=1), encoding="utf-8")
+    else:
         write_export(folder, base=chosen.base, weights=weights)
         (folder / COMPLETE).unlink(missing_ok=True)  # it lists the files of the base
     names = {kind: opened.name for kind, opened in pairs.items()}

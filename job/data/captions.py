@@ -84,6 +84,10 @@ class Captions:
         parts = split_tags(text, self._tag_separator) if self._mode == "sample" else [text]
         return [self._template.replace("{}", part) for part in parts or [text]]
 
+    def sample(self, count: int) -> list[str]:
+        """So many captions, or fewer, from rows that are evenly spread."""
+        return [self.choices(row)[0] for row in range(0, len(self._texts), max(1, len(self._texts) // count))]
+
     def at(self, rows: Sequence[int] | NDArray[np.int64], positions: NDArray[np.int64]) -> list[str]:
         """The captions of these rows when they are visited at these sample numbers."""
         if self._mode == "whole":

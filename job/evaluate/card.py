@@ -8,12 +8,14 @@ from typing import Any
 from job.config import FIELDS, flag
 from job.evaluate.alpha import GUARD_LIMIT, Scored
 from job.evaluate.calibration import Calibration
-from job.evaluate.record import WORDS
 from job.evaluate.retrieval import recall_at_5
 from job.evaluate.select import Chosen
 from job.model.build import CONFIG_FILE, WEIGHTS_FILE
+from job.report.words import METRICS, model_of
 
-SHOWN = tuple(name for name in WORDS if "retrieval" in name)
+MODEL_FILE = "clipjob-model.json"
+"""Beside a single weights file: the model's config, as open_clip takes it."""
+SHOWN = tuple(name for name in METRICS if "retrieval" in name)
 
 _NO_RECIPE = (
     *("model", "pretrained", "init_from"),  # told elsewhere
@@ -48,7 +50,7 @@ def model_card(
         single_file: the weights lie alone, without their config.
     """
     settings = chosen.settings
-    base = _base_name(settings)
+    base = model_of(settings)
     lines = [f"{_HEAD}# {base}, fine-tuned", ""]
     lines += [f"Fine-tuned by `clipjob` {chosen.stored.get('version', '')} from {base}; weights of the run: {chosen.label}.", ""]
     lines += ["## Scores", "", *_scores(chosen, alpha=alpha, scored=scored, data=data), ""]
@@ -109,7 +111,7 @@ def _scores(chosen: Chosen, *, alpha: float, scored: Sequence[Scored], data: Map
     for name, before, after in found:
         lines += [f"| {name} | base | {'exported' if scored or alpha == 1 else 'tuned'} |", "|---|---|---|"]
         known = [metric for metric in SHOWN if metric in after]
-        lines += [f"| {WORDS[metric]} | {_number(before, metric)} | {_number(after, metric)} |" for metric in known]
+        lines += [f"| {METRICS[metric]} | {_number(before, metric)} | {_number(after, metric)} |" for metric in known]
         lines.append("")
     if not scored and 0 <= alpha < 1:
         lines.append("The exported mix itself was not scored: `clipjob evaluate` does that.")
@@ -141,16 +143,11 @@ def _loading(chosen: Chosen, *, single_file: bool) -> list[str]:
             "```",
         ]
     config = json.loads((chosen.base / CONFIG_FILE).read_text(encoding="utf-8"))
-    name, lines = chosen.settings["model"], ["```python", "import open_clip", ""]
-    if name.endswith(".json"):
-        lines.append(f'open_clip.add_model_config("{Path(name).name}")')
-        name = Path(name).stem
-    options = [f'"{name}"', f'pretrained="{WEIGHTS_FILE}"']
+    lines = ["```python", "import open_clip", "", f'open_clip.add_model_config("{MODEL_FILE}")']
+    options = [f'"{Path(MODEL_FILE).stem}"', f'pretrained="{WEIGHTS_FILE}"']
     for option, key in (("mean", "mean"), ("std", "std"), ("interpolation", "interpolation"), ("resize_mode", "resize_mode")):
         if (value := config["preprocess_cfg"].get(key)) is not None:
             options.append(f"image_{option}={value!r}")
-    if config["model_cfg"].get("quick_gelu"):
-        options.append("force_quick_gelu=True")
     lines += ["model, _, preprocess = open_clip.create_model_and_transforms("]
     return [*lines, *(f"    {option}," for option in options), ")", "```"]
 
@@ -177,11 +174,6 @@ def _recipe(settings: Mapping[str, Any]) -> list[str]:
         if str(value) != str(spec.default):
             lines.append(f"- `{flag(name)} {value}`")
     return lines or ["- all settings at their defaults"]
-
-
-def _base_name(settings: Mapping[str, Any]) -> str:
-    model, weights = _name(settings["model"]), settings.get("pretrained") or settings.get("init_from") or ""
-    return f"{model} ({_name(weights)})" if weights else f"{model} (random weights)"
 
 
 def _name(place: str) -> str:

@@ -4,27 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from job.evaluate.calibration import Calibration
+from job.report.words import METRICS
 
 RETRIEVAL, CLASSIFICATION = "zeroshot_retrieval", "zeroshot_classification"
 TASKS = (RETRIEVAL, CLASSIFICATION)
-
-WORDS = {
-    "image_retrieval_recall@1": "text -> image, recall@1",
-    "image_retrieval_recall@5": "text -> image, recall@5",
-    "image_retrieval_recall@10": "text -> image, recall@10",
-    "image_retrieval_median_rank": "text -> image, median rank",
-    "text_retrieval_recall@1": "image -> text, recall@1",
-    "text_retrieval_recall@5": "image -> text, recall@5",
-    "text_retrieval_recall@10": "image -> text, recall@10",
-    "text_retrieval_median_rank": "image -> text, median rank",
-    "mean_recall": "mean of the six recalls",
-    "right_caption_probability": "probability of the right caption",
-    "ece": "calibration error (ECE)",
-    "acc1": "right class first",
-    "acc5": "right class among the first 5",
-    "mean_per_class_recall": "mean per-class recall",
-    "mean_average_precision": "mean average precision",
-}
 
 
 def record(
@@ -60,7 +43,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         lines += [f"{found['task'].replace('zeroshot_', '')} on {found['dataset']}: {counts}"]
         for name, value in found["metrics"].items():
             shown = f"{value:>10.1f}" if "median" in name else f"{value:>10.4f}"
-            lines.append(f"  {WORDS.get(name, name):<34}{shown}")
+            lines.append(f"  {METRICS.get(name, name):<34}{shown}")
         if "calibration" in found:
             lines += _calibration_lines(found["calibration"])
         lines.append("")

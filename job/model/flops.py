@@ -1,5 +1,6 @@
 """How much arithmetic a pair takes, and how much a GPU could do: their ratio is the model FLOPs utilisation (arXiv:2204.02311)."""
 
+import re
 from typing import Any
 
 import torch
@@ -20,16 +21,17 @@ PEAKS = {
     "V100": 125e12,
     "T4": 65e12,
 }
-"""Dense bf16 or fp16 operations per second, by NVIDIA's data sheets; the first name that a device's name contains counts."""
+"""Dense bf16 or fp16 operations per second, by NVIDIA's data sheets; the first name counts whose words a device's name contains."""
 
 
 def peak_flops(device_name: str) -> float | None:
     """Of one GPU in bf16 or fp16; None for one that is not listed."""
-    return next((peak for name, peak in PEAKS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def training_flops(clip: ClipModel, *, tokens_per_text: int) -> float:
-    """Floating-point operations that training on one pair needs: three forward passes' (one forward, two backward).
+    """Floating-point operations that training on one pair needs: of a tower that learns three forward passes' (one forward, two
+    backward), of a locked one a forward pass.
 
     Counted of matrix products, convolutions and attention, as the towers really run them: text on its real tokens.
     """
@@ -37,7 +39,19 @@ def training_flops(clip: ClipModel, *, tokens_per_text: int) -> float:
     device = clip.shift.device
     pixels = torch.zeros(1, 3, clip.view.height, clip.view.width, dtype=torch.uint8, device=device)
     tokens = torch.ones(1, tokens_per_text, dtype=torch.int64, device=device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        encode_images(module, pixels, shift=clip.shift, scale=clip.scale)
-        encode_texts(module, [tokens])
-    return 3.0 * float(counter.get_total_flops())
+    image_learns = any(parameter.requires_grad for parameter in module.visual.parameters())
+    text_learns = any(
+        parameter.requires_grad for name, parameter in module.named_parameters() if not name.startswith(("visual.", "logit_"))
+    )
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()  # running statistics stay as they are
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as of_image:
+            encode_images(module, pixels, shift=clip.shift, scale=clip.scale)
+        with torch.no_grad(), FlopCounterMode(display=False) as of_text:
+            encode_texts(module, [tokens])
+    finally:
+        for part, training in modes:
+            part.training = training
+    passes = {True: 3.0, False: 1.0}
+    return passes[image_learns] * float(of_image.get_total_flops()) + passes[text_learns] * float(of_text.get_total_flops())

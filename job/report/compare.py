@@ -5,8 +5,8 @@ from typing import Any
 
 from job.report.charts import DASHES, Series, line_chart
 from job.report.facts import PLACES, RunFacts
-from job.report.page import document, model_of
-from job.report.words import duration, esc, is_number, last_part, moment, number, percent
+from job.report.page import document
+from job.report.words import duration, esc, is_number, last_part, model_of, moment, number, percent
 
 SCORES = ("image_retrieval_recall@1", "image_retrieval_recall@5", "text_retrieval_recall@1", "text_retrieval_recall@5")
 COLOURS = 8
@@ -26,7 +26,7 @@ def rows_of(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
         {
             "run": facts.uri,
             "name": name,
-            "model": model_of(facts),
+            "model": model_of(facts.settings),
             "complete": facts.result is not None,
             "step": facts.step,
             "settings": {setting: facts.settings.get(setting) for setting in differing},

@@ -31,7 +31,8 @@ class RunFacts:
     result: dict[str, Any] | None
     """None: not complete."""
     attempts: list[dict[str, Any]]
-    """Each with "first" and "last", the steps in its history (None: none), "reached", the last step that it told of, and "end"."""
+    """Each with "from", the step where it began, "first" and "last", the steps in its history (None: none), "reached", the last
+    step that it told of, and "end"."""
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     checkpoints: list[int]
@@ -101,7 +102,7 @@ def gather(uri: str, *, result: Mapping[str, Any] | None = None) -> RunFacts:
         raise ResumeError(f"{files.shown(uri)}/config.json lacks the run's settings. Use the version of clipjob that wrote it.")
     found = dict(result) if result else store.result()
     listed = files.list_files(files.join(uri, "attempts"))
-    histories, attempts, beacon = [], [], dict[str, Any]()
+    histories, attempts, beacon = list[bytes](), list[dict[str, Any]](), dict[str, Any]()
     for item in store.attempts():
         name = files.join(uri, "attempts", f"{item['attempt']:06}")
         raw = files.read_bytes(f"{name}-history.jsonl") if f"{item['attempt']:06}-history.jsonl" in listed else b""
@@ -110,7 +111,8 @@ def gather(uri: str, *, result: Mapping[str, Any] | None = None) -> RunFacts:
         beacon = _optional(f"{name}-beacon.json", listed) or beacon
         reached = beacon["step"] if beacon.get("attempt") == item["attempt"] else 0
         first, last = (own[0], own[-1]) if own else (None, None)
-        attempts.append({**item, "first": first, "last": last, "reached": max(reached, last or 0)})
+        start = max([0, *(earlier["last"] or 0 for earlier in attempts)]) if first is None else first - 1
+        attempts.append({**item, "from": start, "first": first, "last": last, "reached": max(reached, last or 0)})
     rows = merge_histories(histories)
     commits = store.commits()
     ledgers = [commits[0].info.get("ledger") or {} if commits else {}, beacon.get("ledger") or {}]

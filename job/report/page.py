@@ -8,7 +8,7 @@ from job.report.facts import RunFacts
 from job.report.looks import cards
 from job.report.strips import attempts_table, time_bar, time_line
 from job.report.style import CSS
-from job.report.words import METRICS, duration, esc, in_order, is_number, last_part, metric_name, moment, number, percent, points
+from job.report.words import duration, esc, in_order, is_number, last_part, metric_name, model_of, moment, number, percent, points
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 RATE_STEPS, MOST_RATES = 5, 120
@@ -43,14 +43,6 @@ def render(facts: RunFacts) -> str:
     return document(f"{last_part(facts.uri)} – clipjob report", "\n".join(section for section in sections if section))
 
 
-def model_of(facts: RunFacts) -> str:
-    """The model as a person calls it, with its first weights."""
-    settings = facts.settings
-    first = f", from the run {last_part(settings['init_from'])}" if settings.get("init_from") else ""
-    weights = f" ({last_part(settings['pretrained'])})" if settings.get("pretrained") else "" if first else " (random weights)"
-    return f"{last_part(str(settings.get('model', '?')))}{weights}{first}"
-
-
 def _head(facts: RunFacts) -> str:
     done = facts.result is not None
     pill = (
@@ -65,7 +57,7 @@ def _lead(facts: RunFacts) -> str:
     data = f"{last_part(str(facts.settings.get('csv', '?')))}{f' ({number(entries)} images)' if entries else ''}"
     attempts = "one attempt" if len(facts.attempts) == 1 else f"{len(facts.attempts)} attempts"
     steps = "one step" if facts.step == 1 else f"{number(facts.step)} steps"
-    trained = f"{esc(model_of(facts))}, fine-tuned on {esc(data)} for {steps} in {attempts}."
+    trained = f"{esc(model_of(facts.settings))}, fine-tuned on {esc(data)} for {steps} in {attempts}."
     name = "image_retrieval_recall@5"
     before, after = facts.before.get(name), facts.after.get(name)
     gained = " Nothing was held out, so what it gained is not known." if not facts.evaluations else ""
@@ -115,7 +107,7 @@ def _scores(facts: RunFacts) -> str:
     rows = []
     for name in in_order(set(facts.after)):
         before, after = facts.before.get(name), facts.after[name]
-        show = percent if name in METRICS or (is_number(after) and 0 <= after <= 1) else number
+        show = percent if (is_number(after) and 0 <= after <= 1) else number
         cells = [show(before), show(after), _change(before, after), *([show(last.get(name))] if last else [])]
         rows.append(f"<tr><td>{esc(metric_name(name))}</td>{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>")
     step = f" The exported model is the one after step {number(facts.export_step)}." if facts.export_step is not None else ""

@@ -109,13 +109,15 @@ def _row(label: str, svg: str, told: str, *, plain: bool = False) -> str:
 
 
 def _attempt(item: dict[str, Any], last: int, reason: str) -> str:
-    if item["first"] is None and not item["reached"]:
-        return f'<rect class="piece c5" x="0%" y="5" width="2" height="12"><title>{esc("no step; " + reason)}</title></rect>'
-    first = (item["first"] or item["reached"]) - 1
-    kept, reached = item["last"] or first, item["reached"]
-    told = f"attempt {item['attempt']}: steps {first + 1} to {kept}; {reason}"
+    start, reached = item["from"], item["reached"]
+    kept = item["last"] or start
+    if reached <= start:
+        place = _at(start, last)
+        return f'<rect class="piece c5" x="{place}" y="5" width="2" height="12"><title>{esc("no step; " + reason)}</title></rect>'
+    steps = f"steps {start + 1} to {kept}" if kept > start else "no step that was kept"
+    told = f"attempt {item['attempt']}: {steps}; {reason}"
     bar = (
-        f'<rect class="piece c0" x="{_at(first, last)}" y="5" width="{_at(kept - first, last)}" height="12" rx="2">'
+        f'<rect class="piece c0" x="{_at(start, last)}" y="5" width="{_at(kept - start, last)}" height="12" rx="2">'
         f"<title>{esc(told)}</title></rect>"
     )
     if reached <= kept:

@@ -2,20 +2,38 @@
 
 import html
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 METRICS = {
-    "image_retrieval_recall@1": "Text → image, recall@1",
-    "image_retrieval_recall@5": "Text → image, recall@5",
-    "image_retrieval_recall@10": "Text → image, recall@10",
-    "text_retrieval_recall@1": "Image → text, recall@1",
-    "text_retrieval_recall@5": "Image → text, recall@5",
-    "text_retrieval_recall@10": "Image → text, recall@10",
-    "mean_recall": "Mean of the six recalls",
-    "right_caption_probability": "Probability of the right caption",
+    "image_retrieval_recall@1": "text -> image, recall@1",
+    "image_retrieval_recall@5": "text -> image, recall@5",
+    "image_retrieval_recall@10": "text -> image, recall@10",
+    "image_retrieval_median_rank": "text -> image, median rank",
+    "text_retrieval_recall@1": "image -> text, recall@1",
+    "text_retrieval_recall@5": "image -> text, recall@5",
+    "text_retrieval_recall@10": "image -> text, recall@10",
+    "text_retrieval_median_rank": "image -> text, median rank",
+    "mean_recall": "mean of the six recalls",
+    "right_caption_probability": "probability of the right caption",
+    "ece": "calibration error (ECE)",
+    "acc1": "right class first",
+    "acc5": "right class among the first 5",
+    "mean_per_class_recall": "mean per-class recall",
+    "mean_average_precision": "mean average precision",
 }
 """In the order in which they are shown; others follow under their own names."""
+
+
+def model_of(settings: Mapping[str, Any]) -> str:
+    """The model as a person calls it, with its first weights. Args: settings: of the run."""
+    weights, source = str(settings.get("pretrained") or ""), settings.get("init_from")
+    if source:
+        return f"the model of the run {last_part(source)}"
+    if "/" in weights.rstrip("/") and not weights.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors")):
+        return f"the model in {last_part(weights)}"  # a folder, which has its own config
+    return f"{last_part(str(settings.get('model', '?')))} ({last_part(weights) if weights else 'random weights'})"
 
 
 def esc(text: Any) -> str:
@@ -63,7 +81,9 @@ def is_number(value: Any) -> bool:
 
 
 def metric_name(name: str) -> str:
-    return METRICS.get(name, name.replace("_", " "))
+    """As a page shows it."""
+    words = METRICS.get(name, name).replace("->", "→")
+    return words[:1].upper() + words[1:]
 
 
 def in_order(names: set[str]) -> list[str]:

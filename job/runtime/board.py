@@ -13,8 +13,10 @@ log = logging.getLogger(__name__)
 OF_A_STEP = ("loss", "right_caption_probability", "accuracy_image_to_text", "accuracy_text_to_image", "lr", "gradient_norm")
 
 
-def check_package() -> None:
-    """Raises: ConfigError, when TensorBoard is not installed."""
+def check_board(folder: str) -> None:
+    """Raises: ConfigError, when TensorBoard is not installed, or could not write there."""
+    if "://" in folder:
+        raise ConfigError(f"--tensorboard must be a local folder; found {folder}.")
     if importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("--tensorboard needs the package tensorboard: pip install tensorboard, or leave the setting out.")
 
