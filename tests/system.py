@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from forked import OF_IMPORTS, Forked
 
 from job.checkpoint.commit import COMMIT_NAME, DATA_NAME
 from job.checkpoint.state import FACTS, OPTIMIZER, WEIGHTS
@@ -49,15 +50,20 @@ class Job:
         before: Sequence[str] = (),
         python: Sequence[str] = (),
         program: Sequence[str] = (),
+        forked: bool = True,
         **popen: Any,
     ) -> None:
         self.started = time.monotonic()
-        self.process = subprocess.Popen(
-            [*before, *(program or [sys.executable, *python, "-m", "job"]), *arguments],
-            cwd=REPOSITORY,
-            env={**clean_environment(), **(environment or {})},
-            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen},
-        )
+        environment = environment or {}
+        own = before or python or program or popen or any(name.startswith(OF_IMPORTS) for name in environment)
+        variables = {**clean_environment(), **environment}
+        self.process: Any
+        if forked and not own and not os.environ.get("TESTS_START_FOR_REAL"):
+            self.process = Forked(arguments, variables, cwd=REPOSITORY)
+        else:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen}
+            words = [*before, *(program or [sys.executable, *python, "-m", "job"]), *arguments]
+            self.process = subprocess.Popen(words, cwd=REPOSITORY, env=variables, **streams)
         self.events: list[dict[str, Any]] = []
         """Log lines in JSON, in order, each with "seconds" since the start, as this process saw it."""
         self.text: list[str] = []
@@ -120,7 +126,7 @@ class Job:
 
     @property
     def pid(self) -> int:
-        return self.process.pid
+        return int(self.process.pid)
 
     def send(self, number: int) -> None:
         self.process.send_signal(number)

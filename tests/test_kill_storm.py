@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def uninterrupted(folder: Path) -> tuple[dict[str, Any], Job]:
     run = folder / "uninterrupted"
-    job = finish(train_command(run, scratch=folder / "scratch", **SETTINGS))
+    job = finish(train_command(run, scratch=folder / "scratch", **SETTINGS), forked=False)
     expected = outcome(run)
     shutil.rmtree(run)
     assert len(expected["history"]) == STEPS + STEPS // EVALUATE_EVERY + 1
@@ -186,7 +186,7 @@ def test_a_storm_of_kills_changes_not_a_bit(
     fell: Counter[str] = Counter()
     table = [f"{'kill':>4}  {'aimed at':<10}{'fell into':<16}{'after':>7}  {'last step':>9}  {'newest commit':>13}"]
     for number, aim in enumerate(aims(kills, dice), start=1):
-        with Job(*command, environment=storm_place.environment) as job:
+        with Job(*command, environment=storm_place.environment, forked=aim != "start") as job:
             strike(job, run, aim, dice, start_seconds=start_seconds, evaluation_seconds=evaluation_seconds)
             assert job.end() == -signal.SIGKILL, f"kill {number} ({aim}) came too late:\n{job.tail()}"
         phases = phases_of(job, run)

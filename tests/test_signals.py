@@ -95,7 +95,7 @@ def assert_goes_on(run: Path, expected: dict[str, Any]) -> None:
     ("delay", "number"), [(0.0, signal.SIGTERM), (0.3, signal.SIGINT), (1.0, signal.SIGUSR1), (2.0, signal.SIGTERM)]
 )
 def test_a_signal_while_importing_is_heard(delay: float, number: int, run: Path) -> None:
-    with Job(*command_for(run)) as job:
+    with Job(*command_for(run), forked=False) as job:
         job.wait_until_stoppable()
         maps = Path(f"/proc/{job.process.pid}/maps").read_text(encoding="utf-8")
         assert "libtorch" not in maps, "the handler must be there before torch is"
