@@ -46,6 +46,9 @@ bench: $(VENV)/dev  ## All benchmarks, tables to benchmarks/results
 	$(BIN)/python -m benchmarks.ranks --out benchmarks/results/ranks.md
 	$(BIN)/python -m benchmarks.startup --out benchmarks/results/startup.md
 	$(BIN)/python -m benchmarks.overhead --out benchmarks/results/overhead.md
+	$(BIN)/python -m benchmarks.train --out benchmarks/results/train.md
+	$(BIN)/python -m benchmarks.step --out benchmarks/results/step.md
+	$(BIN)/python -m benchmarks.memory --out benchmarks/results/memory.md
 	$(BIN)/python -m benchmarks.demo --out benchmarks/results/demo.md
 
 docs: $(VENV)/run  ## Write what is computed: configuration, scaling, dashboard, k8s/job.yaml

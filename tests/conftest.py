@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: several workers share the cores
+
 import pytest
 from s3server import s3_server, s3_uri
 

@@ -75,12 +75,18 @@ def _server() -> socket.socket:
     if os.getpid() not in _servers:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         names = [name for name in os.environ if name.startswith(("CLIPJOB_", "AWS_", *OF_IMPORTS[2:6]))]
-        environment = {name: value for name, value in os.environ.items() if name not in names}
+        environment = {name: value for name, value in os.environ.items() if name not in names} | {"OMP_WAIT_POLICY": "passive"}
         command = [sys.executable, str(Path(__file__)), str(theirs.fileno())]
-        subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         _servers[os.getpid()] = ours
+        atexit.register(_end, ours, process)
     return _servers[os.getpid()]
+
+
+def _end(connection: socket.socket, process: "subprocess.Popen[bytes]") -> None:
+    connection.close()
+    process.wait()
 
 
 def serve(control: socket.socket) -> None:

@@ -153,8 +153,10 @@ class Job:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without settings that would reach the job."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("CLIPJOB_", "AWS_", "OMP_", "MKL_"))}
+    """This process's environment without settings that would reach the job. Threads of torch that have nothing to do sleep: more of
+    them than cores would spend their time waiting for each other."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("CLIPJOB_", "AWS_", "OMP_", "MKL_"))}
+    return {**kept, "OMP_WAIT_POLICY": "passive"}
 
 
 def train_command(run: Path | str, **settings: Any) -> list[str]:

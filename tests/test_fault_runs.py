@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_every": 4,
     "precision": "fp32",
     "threads": 2,
-    "torch_threads": 2,
+    "torch_threads": 1,
 }
 PATIENCE = "5s"
 LIMIT_SECONDS = 90

@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_every": 4,
     "precision": "fp32",
     "threads": 2,
-    "torch_threads": 2,
+    "torch_threads": 1,
     "max_idle_attempts": 0,
 }
 IN_THE_MIDDLE = ("start", "load", "step", "evaluate", "save")
