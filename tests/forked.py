@@ -140,7 +140,7 @@ def become(request: dict[str, Any], fds: Sequence[int], *, seed: int) -> NoRetur
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
     random.seed(seed)
-    sys.argv = ["clipjob", *request["arguments"]]
+    sys.argv = [str(ROOT / "job" / "__main__.py"), *request["arguments"]]
     code: Any = 1
     try:
         main()

@@ -115,7 +115,8 @@ def strike(job: Job, run: str, aim: str, dice: random.Random, *, start_seconds: 
         return any((line["step"] + 1) % EVALUATE_EVERY == 0 for line in job.seen("step"))
 
     if aim == "start":
-        delay = dice.uniform(0, start_seconds)
+        until, delay = job.started + dice.uniform(0, start_seconds), 0.0  # it may start faster than the calm one did
+        job.until(lambda: time.monotonic() >= until or attempt_of(job), "the moment")
     elif aim == "load":
         at_event("attempt", 1)
         delay = dice.uniform(0, 0.3)

@@ -43,14 +43,16 @@ def training_flops(clip: ClipModel, *, tokens_per_text: int) -> float:
     text_learns = any(
         parameter.requires_grad for name, parameter in module.named_parameters() if not name.startswith(("visual.", "logit_"))
     )
-    modes = [(part, part.training) for part in module.modules()]
+    modes, fast = [(part, part.training) for part in module.modules()], torch.backends.mha.get_fastpath_enabled()
     module.eval()  # running statistics stay as they are
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know its kernels
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as of_image:
             encode_images(module, pixels, shift=clip.shift, scale=clip.scale)
         with torch.no_grad(), FlopCounterMode(display=False) as of_text:
             encode_texts(module, [tokens])
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for part, training in modes:
             part.training = training
     passes = {True: 3.0, False: 1.0}
