@@ -112,7 +112,7 @@ def strike(job: Job, run: str, aim: str, dice: random.Random, *, start_seconds: 
         return bool(job.seen("resumed") or job.seen("evaluated"))
 
     def about_to_evaluate() -> bool:
-        return any((line["step"] + 1) % EVALUATE_EVERY == 0 for line in job.seen("step"))
+        return any(line["step"] % EVALUATE_EVERY == 0 for line in job.seen("step"))
 
     if aim == "start":
         until, delay = job.started + dice.uniform(0, start_seconds), 0.0  # it may start faster than the calm one did
@@ -125,7 +125,7 @@ def strike(job: Job, run: str, aim: str, dice: random.Random, *, start_seconds: 
         at_event("step", dice.randint(1, 8))
         delay = dice.uniform(0, 0.1)
     elif aim == "evaluate":
-        # A step's line is written once the next step is done: after that of step 9 comes the evaluation of step 10.
+        # A step's line is written once the next step is done, or before an evaluation begins.
         job.until(lambda: about_to_evaluate() or exporting(), "an evaluation")
         delay = dice.uniform(0, 0.5 * evaluation_seconds)
     elif aim == "save":
@@ -168,7 +168,7 @@ def phases_of(job: Job, run: str) -> set[str]:
     if not saving and any(int(step) == STEPS for _, step in committed(run)):
         return {"export"}
     last = max((line["step"] for line in job.seen("step")), default=0)
-    if (last + 1) % EVALUATE_EVERY == 0 and not job.seen("evaluated", step=last + 1):
+    if last and last % EVALUATE_EVERY == 0 and not job.seen("evaluated", step=last):
         return phases | {"evaluate"}
     return phases | {"step"}
 
@@ -182,7 +182,7 @@ def test_a_storm_of_kills_changes_not_a_bit(
     run, dice = storm_place.run, random.Random(seed)
     command = train_command(run, scratch=folder / f"scratch{seed}", **SETTINGS, **storm_place.data)
     start_seconds = calm.seen("attempt")[0]["seconds_seen"]
-    before = calm.seen("step", step=EVALUATE_EVERY - 1)[0]["seconds_seen"]
+    before = calm.seen("step", step=EVALUATE_EVERY)[0]["seconds_seen"]
     evaluation_seconds = calm.seen("evaluated", step=EVALUATE_EVERY)[0]["seconds_seen"] - before
     fell: Counter[str] = Counter()
     table = [f"{'kill':>4}  {'aimed at':<10}{'fell into':<16}{'after':>7}  {'last step':>9}  {'newest commit':>13}"]
