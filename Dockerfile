@@ -29,7 +29,7 @@ RUN /opt/venv/bin/pip install --disable-pip-version-check --no-index --no-deps -
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS runtime
-RUN install -d -o 10001 -g 0 -m 0775 /work
+RUN install -d -o 10001 -g 0 -m 0775 /runs
 COPY --from=deps /opt/venv /opt/venv
 COPY --from=app /app/opt/venv /opt/venv
 
@@ -49,7 +49,7 @@ LABEL org.opencontainers.image.title="clipjob" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.version="$VERSION" \
     org.opencontainers.image.revision="$REVISION"
-WORKDIR /work
+WORKDIR /runs
 USER 10001:0
 EXPOSE 9465
 # Exec form: the job is PID 1 and hears SIGTERM itself.

@@ -103,31 +103,31 @@ def test_help_needs_no_network_no_rights_and_no_writable_root(image: str) -> Non
 def test_a_signal_to_pid_1_under_strict_flags_saves_and_the_next_container_goes_on(image: str, tmp_path: Path) -> None:
     with removed_afterwards(tmp_path / "runs") as folder:
         finish(train_command(folder / "calm", **SETTINGS))
-        (folder / "work").mkdir()
-        (folder / "work").chmod(0o2770)  # group 0, which every arbitrary user id of OpenShift belongs to
-        flags = [*STRICT, "--volume", f"{folder / 'work'}:/work"]
-        first, name = container(image, *train_words("/work/run"), flags=flags)
+        (folder / "out").mkdir()
+        (folder / "out").chmod(0o2770)  # group 0, which every arbitrary user id of OpenShift belongs to
+        flags = [*STRICT, "--volume", f"{folder / 'out'}:/runs"]
+        first, name = container(image, *train_words("/runs/run"), flags=flags)
         with first:
             first.until(lambda: any(line["step"] >= 4 for line in first.seen("step")), "step 4")
             podman("kill", "--signal", "TERM", name)
             assert first.end() == 75, first.tail()
-        second, _ = container(image, *train_words("/work/run"), flags=flags)
+        second, _ = container(image, *train_words("/runs/run"), flags=flags)
         with second:
             assert second.end() == 0, second.tail()
             assert second.seen("resumed")[0]["step"] >= 4
-        assert_identical(folder / "work" / "run", outcome(folder / "calm"))
+        assert_identical(folder / "out" / "run", outcome(folder / "calm"))
 
 
 @built
 def test_the_demo_writes_into_the_folder_of_the_user_who_started_it(image: str, tmp_path: Path) -> None:
     with removed_afterwards(tmp_path / "out") as folder:
         subprocess.run(["chown", "1234:1234", folder], check=True)
-        flags = ["--user", "1234:1234", *STRICT[2:], "--volume", f"{folder}:/work"]
+        flags = ["--user", "1234:1234", *STRICT[2:], "--volume", f"{folder}:/runs"]
         words = ["demo", "--max-steps", "3", "--global-batch-size", "16", "--val-fraction", "0.02", "--device", "cpu"]
         started, _ = container(image, *words, flags=flags)
         with started:
             assert started.end() == 0, started.tail()
-            assert "local-dir:/work/clipjob-demo/export/" in started.output
+            assert "local-dir:/runs/clipjob-demo/export/" in started.output
         assert (folder / "clipjob-demo" / "result.json").stat().st_uid == 1234
 
 
