@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.demo import run_demo
 from benchmarks.machine import LIMIT_COLUMNS, Limit, arguments, publish, say, spread, table
-from job.config import Interval
+from job.fields import Interval
 from job.runtime.history import History
 from job.runtime.ledger import Ledger
 from job.runtime.log import always_with

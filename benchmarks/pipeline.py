@@ -74,7 +74,7 @@ def clipjob_images(images: Images, keys: Column, *, captions: Captions, threads:
     count = 0
     for batch in batches:
         assert not batch.bad
-        count += len(batch.pixels)
+        count += len(batch.images)
     assert count == len(keys)
     return count
 

@@ -66,7 +66,7 @@ def first_batch(csv: Path, lmdb: Path) -> dict[str, Any]:
     )
     batch = next(batches)
     seconds = time.perf_counter() - began
-    assert len(batch.pixels) == config.global_batch_size
+    assert len(batch.images) == config.global_batch_size
     memory = {"peak_bytes": peak_rss_bytes(), "mapped_bytes": mapped_bytes() - imports_mapped_bytes}
     batches.close()
-    return {"batch_size": len(batch.pixels), "seconds": seconds, "imports_bytes": imports_bytes, **memory}
+    return {"batch_size": len(batch.images), "seconds": seconds, "imports_bytes": imports_bytes, **memory}

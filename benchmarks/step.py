@@ -97,7 +97,7 @@ class Floor:
 def floors(training: Training, *, device: str, dtype: torch.dtype) -> dict[str, Floor]:
     model, batch = training.state.model, training.batch
     on, bandwidth = torch.device(device), copy_bandwidth(torch.device(device))
-    width, size = int(model.visual.output_dim), len(batch.pixels)
+    width, size = int(model.visual.output_dim), len(batch.images)
     images = tower_work(model.visual, [size * (int(model.visual.positional_embedding.shape[0]))])
     texts = tower_work(model.transformer, [tokens.numel() for tokens in batch.tokens.groups])
     counted = counted_flops(training, device=device)
@@ -117,7 +117,7 @@ def floors(training: Training, *, device: str, dtype: torch.dtype) -> dict[str, 
     found["clipping and AdamW"] = Floor(moved / bandwidth, f"{moved / 1e9:.2f} GB at {bandwidth / 1e9:.0f} GB/s")
     if device == "cuda":
         rate = transfer_bandwidth(on)
-        found["transfer"] = Floor(batch.pixels.nbytes / rate, f"{batch.pixels.nbytes / 1e6:.0f} MB at {rate / 1e9:.1f} GB/s")
+        found["transfer"] = Floor(batch.images.nbytes / rate, f"{batch.images.nbytes / 1e6:.0f} MB at {rate / 1e9:.1f} GB/s")
     else:
         found["transfer"] = Floor(0.0, "nothing to move")
     return found
@@ -139,7 +139,7 @@ def counted_flops(training: Training, *, device: str) -> dict[str, float]:
     """What torch counts in each tower: products, convolutions, attention where it knows the kernel. Text at its real length."""
     model, batch, clip = training.state.model, training.batch, training.clip
     found = {}
-    pixels, groups = batch.pixels.to(device), [tokens.to(device) for tokens in batch.tokens.groups]
+    pixels, groups = batch.images.to(device), [tokens.to(device) for tokens in batch.tokens.groups]
     work = {
         "image tower": lambda: encode_images(model, pixels, shift=clip.shift, scale=clip.scale),
         "text tower": lambda: encode_texts(model, groups),

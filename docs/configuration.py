@@ -1,6 +1,7 @@
 """Prints docs/configuration.md from Config: `make docs`."""
 
-from job.config import FIELDS, flag, type_name
+from job.config import FIELDS, type_name
+from job.fields import default_text, flag
 
 HEAD = """# Configuration
 
@@ -24,7 +25,7 @@ def rows() -> list[str]:
     found = []
     for name, spec in FIELDS.items():
         rule = spec.metadata
-        default = "" if spec.default in ("", False) else f"`{spec.default}`".replace("|", "\\|")
+        default = f"`{default_text(spec)}`".replace("|", "\\|") if default_text(spec) else ""
         kind = " ".join(f"`{choice}`" for choice in rule["choices"]) or type_name(name)
         meaning = rule["help"].replace("|", "\\|")
         found.append(f"| `{flag(name)}` | {kind} | {default} | {'yes' if rule['may_change'] else ''} | {meaning} |")

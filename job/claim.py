@@ -11,9 +11,10 @@ from job.checkpoint.beacon import read_beacon
 from job.checkpoint.commit import read_commit, read_end
 from job.checkpoint.retention import LAYOUT
 from job.checkpoint.store import FORMAT, Restored, RunStore, abort_uploads
-from job.config import FIELDS, Config, flag
+from job.config import FIELDS, Config
 from job.data.dataset import Dataset
 from job.errors import AccessError, JobError, ResumeError, Stopped, StorageError, TrainingError
+from job.fields import flag
 from job.runtime.log import always_with
 from job.storage import files
 

@@ -11,8 +11,9 @@ import click
 
 import job
 from job.commands import data, evaluate, export, reports, runs
-from job.config import FIELDS, field_type, flag, parse_value, type_name
+from job.config import FIELDS, field_type, parse_value, type_name
 from job.errors import ConfigError, JobError
+from job.fields import default_text, flag
 from job.runtime.stop import StopSignal
 from job.settings import merge, resolve, settings_of
 
@@ -33,8 +34,8 @@ class Setting(click.ParamType[Any]):
 def settings(function: AnyFunction) -> AnyFunction:
     """Adds a flag for every field of Config, and --config. A flag that is not given is not passed on."""
     for name, spec in reversed(FIELDS.items()):
-        text, default = spec.metadata["help"], spec.default
-        shown = "" if default in ("", False) else f" [default: {default}]"
+        text, default = spec.metadata["help"], default_text(spec)
+        shown = f" [default: {default}]" if default else ""
         if field_type(name) is bool:
             add = click.option(f"{flag(name)}/--no-{flag(name)[2:]}", name, default=None, help=text)
         else:

@@ -4,74 +4,13 @@ One name everywhere: ``--max-steps`` = ``CLIPJOB_MAX_STEPS`` = ``max_steps`` in 
 """
 
 import dataclasses
-import operator
 import re
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from job.errors import ConfigError
-
-AUTO = "auto"
-
-
-@dataclass(frozen=True)
-class Interval:
-    """How often something happens: ``30s``, ``10m``, ``2h`` (time), ``200`` (steps), ``1ep`` (epochs), ``auto``, ``0`` (never)."""
-
-    kind: str
-    """One of seconds, steps, epochs, auto, never."""
-    value: float = 0.0
-
-    @classmethod
-    def parse(cls, text: str) -> "Interval":
-        """Raises: ValueError, when the text is none of the forms above."""
-        if text == AUTO:
-            return cls(AUTO)
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h|ep)?", text.strip())
-        if not match:
-            raise ValueError("expected 30s, 10m, 2h, 200 (steps), 1ep (epochs), auto or 0 (never)")
-        number, unit = float(match[1]), match[2]
-        if number == 0:
-            return cls("never")
-        if unit == "ep":
-            return cls("epochs", number)
-        if unit:
-            return cls("seconds", number * {"s": 1, "m": 60, "h": 3600}[unit])
-        if number != int(number):
-            raise ValueError("a number of steps must be whole")
-        return cls("steps", number)
-
-    def __str__(self) -> str:
-        if self.kind in (AUTO, "never"):
-            return {"never": "0"}.get(self.kind, self.kind)
-        number = int(self.value) if self.value == int(self.value) else self.value
-        return f"{number}" + {"seconds": "s", "epochs": "ep", "steps": ""}[self.kind]
-
-
-def option(
-    default: Any,
-    help_text: str,
-    *,
-    may_change: bool = False,
-    choices: tuple[str, ...] = (),
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    repeats: bool = False,
-) -> Any:
-    """One field of Config. may_change: a restart of the same run may give another value. repeats: so may its flag; what is
-    given is joined by commas."""
-    metadata = {
-        "help": help_text,
-        "may_change": may_change,
-        "choices": choices,
-        "at_least": at_least,
-        "above": above,
-        "at_most": at_most,
-        "repeats": repeats,
-    }
-    return field(default=default, metadata=metadata)
+from job.fields import AUTO, Interval, check_value, flag, option, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +78,11 @@ class Config:
     max_steps: int = option(0, "Steps in all; wins over --epochs. 0: as many as --epochs needs.", at_least=0)
     global_batch_size: int = option(256, "Pairs per step, over all devices.", at_least=2)
     micro_batch: int = option(
-        0, "Pairs per device in the towers at a time: less memory, a third more time. 0: all.", at_least=0, may_change=True
+        -1,
+        "Pairs per device in the towers at a time: less memory, a third more time. 0: all. auto: as many as fit the GPU.",
+        at_least=0,
+        may_change=True,
+        auto=-1,
     )
     loss: str = option("clip", "clip: softmax over the global batch. siglip: a sigmoid for each pair.", choices=("clip", "siglip"))
     lr: float = option(1e-5, "Peak learning rate.", above=0)
@@ -147,7 +90,7 @@ class Config:
     beta1: float = option(0.9, "AdamW's beta1.", at_least=0, at_most=0.9999)
     beta2: float = option(0.98, "AdamW's beta2.", at_least=0, at_most=0.999999)
     eps: float = option(1e-6, "AdamW's epsilon.", above=0)
-    warmup: int = option(-1, "Steps of linear warm-up; -1: the lesser of 500 and a tenth of all steps.", at_least=-1)
+    warmup: int = option(-1, "Steps of linear warm-up; auto: the lesser of 500 and a tenth of all steps.", at_least=0, auto=-1)
     grad_clip: float = option(1.0, "Largest norm of the gradient; 0: no clipping.", at_least=0)
     crop_scale: float = option(0.9, "Smallest share of an image that a random crop keeps; 1: no random crops.", above=0, at_most=1)
     seed: int = option(0, "Seed of the order, the crops and the caption choice.", at_least=0, at_most=2**63 - 1)
@@ -184,7 +127,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
-            _check_value(spec, getattr(self, spec.name))
+            check_value(spec, getattr(self, spec.name))
         if "{}" not in self.template:
             raise ConfigError(
                 f'--template must contain {{}} where the caption goes, such as "a photo of {{}}"; found "{self.template}".'
@@ -228,62 +171,12 @@ FIELDS: dict[str, dataclasses.Field[Any]] = {spec.name: spec for spec in datacla
 _TYPES = typing.get_type_hints(Config)
 
 
-def flag(name: str) -> str:
-    """max_steps -> --max-steps"""
-    return "--" + name.replace("_", "-")
-
-
-def _check_value(spec: dataclasses.Field[Any], value: Any) -> None:
-    rule = spec.metadata
-    if rule["choices"] and value not in rule["choices"]:
-        raise ConfigError(f"{flag(spec.name)} must be one of {', '.join(rule['choices'])}; found {value!r}.")
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ConfigError(f"{flag(spec.name)} must be a finite number; found {value}.")
-    for bound, outside, words in (
-        ("at_least", operator.lt, "at least"),
-        ("above", operator.le, "above"),
-        ("at_most", operator.gt, "at most"),
-    ):
-        if rule[bound] is not None and outside(value, rule[bound]):
-            raise ConfigError(f"{flag(spec.name)} must be {words} {rule[bound]:g}; found {value:g}.")
-
-
 def parse_value(name: str, value: Any, *, origin: str) -> Any:
     """Turns text (flag, environment) or a TOML/JSON value into the field's type.
 
     Raises: ConfigError, naming origin (such as "CLIPJOB_LR" or "job.toml: lr"), what was expected and what was found.
     """
-    kind = _TYPES[name]
-    try:
-        if kind is Interval:
-            return value if isinstance(value, Interval) else Interval.parse(str(value))
-        if kind is bool:
-            return _parse_bool(value)
-        if kind is str:
-            if not isinstance(value, str):
-                raise ValueError("expected text")
-            return value
-        if isinstance(value, bool):
-            raise ValueError("expected a number")
-        if kind is int and isinstance(value, float) and value != int(value):
-            raise ValueError("expected a whole number")
-        return kind(value)
-    except (ValueError, TypeError, OverflowError) as error:
-        expected = {int: "expected a whole number", float: "expected a number"}.get(kind, str(error))
-        raise ConfigError(f"{origin}: {expected}; found {value!r}.") from None
-
-
-def _parse_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = str(value).strip().lower()
-    if text in ("1", "true", "yes", "on"):
-        return True
-    if text in ("0", "false", "no", "off"):
-        return False
-    raise ValueError("expected true or false")
+    return parse(FIELDS[name], _TYPES[name], value, origin=origin)
 
 
 def type_name(name: str) -> str:

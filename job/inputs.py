@@ -15,7 +15,7 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 
 from job.attempt import scratch_root
-from job.config import AUTO, Config
+from job.config import Config
 from job.data.captions import find_tag_separator, full_lengths
 from job.data.check import check_data, quick_check
 from job.data.check_report import Report
@@ -25,6 +25,7 @@ from job.data.manifest import Manifest, read_manifest, read_manifest_like
 from job.data.pixels import decode
 from job.data.staging import Staging
 from job.errors import DataError
+from job.fields import AUTO
 from job.model.build import parameter_count, tokenizer_for
 
 log = logging.getLogger(__name__)

@@ -75,7 +75,7 @@ def run_command(arguments: list[str], stop: StopSignal) -> int:
             raise
         reason = (str(error).strip().splitlines() or ["memory ran out"])[0]
         _tell(
-            f"{reason} Take a smaller --global-batch-size or --grad-checkpointing in a new run, or a larger machine for this one."
+            f"{reason} Go on with --micro-batch auto or a smaller one, take --grad-checkpointing in a new run, or a larger machine."
         )
         return 70
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from job.config import AUTO, FIELDS, Config, Interval, flag, parse_value
+from job.config import FIELDS, Config, parse_value
 from job.errors import ConfigError, ResumeError
+from job.fields import AUTO, Interval, flag
 
 ENVIRONMENT_PREFIX = "CLIPJOB_"
 _CREDENTIALS = re.compile(r"://[^/]*@|[?&](X-Amz-)?(Signature|Credential|Security-Token|sig)=", re.IGNORECASE)

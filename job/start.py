@@ -1,20 +1,20 @@
 """What an attempt does and builds before its first step, in the order in which train.py calls it. A part of train.py by rank."""
 
-import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from job.attempt import Attempt, versions
+from job.attempt import Attempt
 from job.checkpoint.publish import Team
 from job.checkpoint.state import TrainState
 from job.checkpoint.store import RunStore
 from job.checkpoint.writer import CheckpointWriter
 from job.config import Config
-from job.data.batches import Batch, Samples, load_batches
+from job.data.batches import Batch, DecodeTally, Samples, load_batches
 from job.data.captions import Captions, Texts
 from job.data.dataset import Dataset
 from job.data.order import batches_from, rows_at
@@ -23,15 +23,13 @@ from job.errors import ConfigError, DataError, ResumeError
 from job.evaluate.encode import HeldOut, group_pairs
 from job.evaluate.retrieval import evaluate_retrieval
 from job.evaluate.select import fetch_export
-from job.model.build import ClipModel, prepare_towers, write_base
-from job.model.flops import peak_flops, training_flops
+from job.locked import LockedFeatures
+from job.model.build import ClipModel, build_base, prepare_towers, write_base
+from job.model.fit import fitting_micro_batch
 from job.model.optimizer import make_optimizer
 from job.model.step import StepSettings
 from job.model.text import lengths_of
-from job.runtime.board import check_board
 from job.runtime.device import autocast_dtype, decode_threads
-from job.runtime.metrics import Metrics
-from job.runtime.watchdog import Watchdog
 from job.storage import files
 
 log = logging.getLogger(__name__)
@@ -101,49 +99,33 @@ def _fetch_export(run: str, scratch: Path, *, check: Callable[[], None]) -> Path
     )
 
 
-def make_metrics(config: Config, *, watchdog: Watchdog, is_first: bool) -> Metrics:
-    """Rank 0's are seen; the others count for nobody. Close it."""
-    if config.tensorboard:
-        check_board(config.tensorboard)
-    textfile = None
-    if config.metrics_textfile and is_first:
-        textfile = Path(config.metrics_textfile) / f"clipjob-{hashlib.sha256(config.run.encode()).hexdigest()[:12]}.prom"
-    return Metrics(
-        port=config.metrics_port if is_first else 0,
-        host=config.metrics_host,
-        textfile=textfile,
-        board=Path(config.tensorboard) if config.tensorboard and is_first else None,
-        watchdog=watchdog,
-        build=versions(),
+def build_model(config: Config, base: Path) -> ClipModel:
+    """The base model set up for training, without its weights. Raises: ConfigError, when it was not made for the loss."""
+    clip = build_base(base)
+    _check_loss(config, clip)
+    prepare_towers(
+        clip.module, lock_image=config.lock_image, lock_text=config.lock_text, grad_checkpointing=config.grad_checkpointing
     )
+    return clip
 
 
-def start_metrics(config: Config, attempt: Attempt, captions: Captions, clip: ClipModel, *, step: int, steps: int) -> None:
-    """Tells the metrics which run this is, and from where to where it goes."""
-    attempt.metrics.start_run(
-        run=config.run,
-        model=config.model,
-        pretrained=config.pretrained,
-        step=step,
-        steps=steps,
-        samples_per_step=config.global_batch_size,
-        flops_share=_flops_share(config, attempt, captions, clip),
-    )
+def with_micro_batch(config: Config, attempt: Attempt, clip: ClipModel, captions: Captions) -> Config:
+    """The config with --micro-batch as a number: auto is what fits this node's GPU, in the opinion of rank 0."""
+    if config.micro_batch >= 0:
+        return config
+    world = attempt.world
+
+    def find() -> int:
+        if attempt.device.type != "cuda":
+            return 0
+        rows = world.largest_part(config.global_batch_size)
+        groups = captions.tokens(captions.sample(rows)).groups
+        return fitting_micro_batch(clip.to(attempt.device), groups, rows=rows, autocast=autocast_dtype(config.precision))
+
+    return replace(config, micro_batch=world.share("micro-batch", find))
 
 
-def _flops_share(config: Config, attempt: Attempt, captions: Captions, clip: ClipModel) -> float | None:
-    """What one sample per second uses of the arithmetic that all GPUs could do; None where that is not known."""
-    if attempt.device.type != "cuda" or config.precision == "fp32":
-        return None
-    peak = peak_flops(torch.cuda.get_device_name(attempt.device))
-    if peak is None:
-        return None
-    found = captions.tokens(captions.sample(256)).groups
-    tokens = round(sum(group.numel() for group in found) / sum(len(group) for group in found))
-    return training_flops(clip, tokens_per_text=tokens) / (peak * attempt.world.size)
-
-
-def check_loss(config: Config, clip: ClipModel) -> None:
+def _check_loss(config: Config, clip: ClipModel) -> None:
     """Raises: ConfigError, when the model was not made for the loss."""
     has_bias = getattr(clip.module, "logit_bias", None) is not None
     if config.loss == "siglip" and not has_bias:
@@ -157,9 +139,6 @@ def check_loss(config: Config, clip: ClipModel) -> None:
 
 def new_state(config: Config, clip: ClipModel) -> TrainState:
     """The state at step 0; the weights are clip's."""
-    prepare_towers(
-        clip.module, lock_image=config.lock_image, lock_text=config.lock_text, grad_checkpointing=config.grad_checkpointing
-    )
     optimizer = make_optimizer(
         clip.module, lr=config.lr, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2), eps=config.eps
     )
@@ -168,7 +147,16 @@ def new_state(config: Config, clip: ClipModel) -> TrainState:
 
 
 def training_batches(
-    config: Config, attempt: Attempt, dataset: Dataset, captions: Captions, clip: ClipModel, *, start: int, steps: int
+    config: Config,
+    attempt: Attempt,
+    dataset: Dataset,
+    captions: Captions,
+    clip: ClipModel,
+    *,
+    known: LockedFeatures,
+    tally: DecodeTally,
+    start: int,
+    steps: int,
 ) -> Generator[Batch]:
     """This rank's shares of the batches of steps start … steps-1; alone, fewer if a signal comes."""
     world, row_count = attempt.world, len(dataset.train_rows)
@@ -187,6 +175,9 @@ def training_batches(
         threads=decode_threads(config.threads, ranks=world.ranks),
         seed=config.seed,
         crop_scale=config.crop_scale,
+        known_images=known.images,
+        known_captions=known.captions,
+        tally=tally,
         pin_memory=clip.shift.device.type == "cuda",
         stopping=lambda: attempt.stop.requested and world.size == 1,  # several ranks stop at a step that they agree on
     )

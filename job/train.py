@@ -18,7 +18,6 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,42 +27,44 @@ from job.checkpoint.state import WEIGHTS
 from job.checkpoint.store import RunStore
 from job.claim import claim_run, count_earlier_attempts, note_end, restore
 from job.config import Config
+from job.data.batches import DecodeTally
 from job.data.captions import Captions
 from job.data.dataset import Dataset
 from job.data.order import steps_in
 from job.errors import StorageError, exit_code_of
 from job.finish import finish_run
 from job.inputs import Beside, open_dataset, read_tables, stage_lmdbs, staging_area
-from job.model.build import WEIGHTS_FILE, ClipModel, build_base
+from job.locked import locked_features
+from job.model.build import WEIGHTS_FILE, ClipModel
 from job.model.optimizer import lr_at, warmup_steps
-from job.model.step import take_row, train_step
+from job.model.step import train_step
 from job.model.towers import make_towers
 from job.model.weights import load_weights
 from job.result import diverged, too_many_bad_samples
-from job.runtime.device import choose_device, choose_precision, cores_of_rank, device_failure, device_memory
+from job.runtime.device import choose_device, choose_precision, cores_of_rank, device_failure
 from job.runtime.history import History
 from job.runtime.ledger import Ledger, process_age_seconds
 from job.runtime.log import always_with
 from job.runtime.memory import keep_freed_memory
-from job.runtime.progress import Progress, StagingProgress
+from job.runtime.progress import StagingProgress
 from job.runtime.ranks import ALONE, Ranks
 from job.runtime.schedule import CheckpointClock, due_at_step
 from job.runtime.stop import StopSignal
 from job.runtime.watchdog import Watchdog
 from job.runtime.world import Agreement
 from job.start import (
+    build_model,
     captions_of,
-    check_loss,
     checkpoint_writer,
     evaluation,
     find_base,
-    make_metrics,
     new_state,
-    start_metrics,
     step_settings,
     training_batches,
+    with_micro_batch,
 )
 from job.storage.probe import check_storage
+from job.telemetry import Telemetry, make_metrics, start_metrics
 
 log = logging.getLogger(__name__)
 
@@ -124,12 +125,12 @@ def run_attempt(config: Config, attempt: Attempt) -> Outcome:
         base, base_is_new = find_base(config, attempt)
         lmdbs.raise_failure()
         stop.check("building the model")
-        clip = build_base(base)
-        check_loss(config, clip)
+        clip = build_model(config, base)
         captions = captions_of(config, tables.manifest.captions, clip)
         captions.tokenise_until(lambda: lmdbs.done or stop.requested)
         with attempt.ledger.within("staging"):
             paths = lmdbs.result()
+    config = with_micro_batch(config, attempt, clip, captions)
     watchdog.beat("opening the data")
     dataset = open_dataset(config, tables, paths)
     stop.check("opening the data")
@@ -174,6 +175,9 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
     steps_per_epoch = row_count / batch_size
     steps = steps_in(epochs=config.epochs, row_count=row_count, global_batch_size=batch_size, max_steps=config.max_steps)
     warmup = warmup_steps(config.warmup, steps)
+    known = locked_features(config, attempt, dataset, captions, clip, samples=steps * batch_size)
+    if known is None:
+        return Outcome.STOPPED
     towers, settings = make_towers(clip, world=world), step_settings(config)
     evaluate = evaluation(config, attempt, dataset, captions, clip)
     clock = CheckpointClock(config.checkpoint_every, steps_per_epoch=steps_per_epoch)
@@ -181,29 +185,15 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
     start_metrics(config, attempt, captions, clip, step=state.step, steps=steps)
 
     with contextlib.ExitStack() as closing:
-        progress = Progress(
-            steps=steps, done=state.step, every=config.log_every, steps_per_epoch=steps_per_epoch, live=world.is_first
-        )
-        closing.callback(progress.close)
-
-        def on_saved(step: int, seconds: float, **figures: Any) -> None:
-            progress.saved(step, seconds, **figures)
-            metrics.saved(step, seconds, **figures)
-
-        writer = checkpoint_writer(config, attempt, on_saved=on_saved)
+        tally = DecodeTally()
+        telemetry = Telemetry(config, attempt, state, view=clip.view, tally=tally, steps=steps, steps_per_epoch=steps_per_epoch)
+        closing.callback(telemetry.close)
+        writer = checkpoint_writer(config, attempt, on_saved=telemetry.saved)
         writer.last_step = state.step if restored else -1
         closing.callback(writer.close)
-        batches = closing.enter_context(
-            contextlib.closing(training_batches(config, attempt, dataset, captions, clip, start=state.step, steps=steps))
-        )
-
-        def on_row(row: dict[str, Any]) -> None:
-            take_row(state, row)
-            progress.step(row, samples=batch_size)
-            metrics.row(row, steps=steps, steps_per_epoch=steps_per_epoch)
-            metrics.memory(device_memory(attempt.device))
-
-        history = History(on_row)
+        made = training_batches(config, attempt, dataset, captions, clip, known=known, tally=tally, start=state.step, steps=steps)
+        batches = closing.enter_context(contextlib.closing(made))
+        history = History(telemetry.row)
         if world.is_first:
             far = lambda: {"step": state.step, "steps": steps, "row": history.last_row, "ledger": ledger.to_json()}  # noqa: E731
             closing.callback(Beacon(store, far, on_written=metrics.tell).close)
@@ -230,13 +220,12 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
             if must_evaluate:
                 history.flush()
             with ledger.within("evaluate"):
-                scores = evaluate(progress.evaluating) if evaluate and must_evaluate else None
+                scores = evaluate(telemetry.evaluating) if evaluate and must_evaluate else None
             best = False
             if scores is not None:
                 best = state.take_metrics(scores)
                 history.add_evaluation(state.step, scores)
-                progress.evaluated(state.step, scores, best=best)
-                metrics.evaluated(scores)
+                telemetry.evaluated(state.step, scores, best=best)
                 history.restart_clock()
             complete = last and (not evaluate or state.evaluated_step == state.step)
             asked_to_stop, save_is_due, failed = agreement.outcome()  # a signal that comes later is met at the next step

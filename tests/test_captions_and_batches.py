@@ -124,7 +124,7 @@ def load(*, threads: int, crop_scale: float = 0.5, broken: tuple[int, ...] = ())
 @pytest.mark.parametrize("threads", [2, 5])
 def test_batches_do_not_depend_on_the_number_of_threads(threads: int) -> None:
     for one, other in zip(load(threads=1), load(threads=threads), strict=True):
-        assert torch.equal(one.pixels, other.pixels)
+        assert torch.equal(one.images, other.images)
         assert torch.equal(one.tokens.text_of, other.tokens.text_of)
 
 
@@ -138,7 +138,7 @@ def test_an_image_that_cannot_be_decoded_is_left_out_and_named() -> None:
         "14.jpg",
     ]
     kept = [at for at in range(12) if at not in (1, 2)]
-    assert torch.equal(first.pixels, whole[0].pixels[kept])
+    assert torch.equal(first.images, whole[0].images[kept])
     assert len(first.tokens.text_of) == 10
 
 
@@ -146,7 +146,7 @@ def test_without_random_crops_training_sees_the_evaluation_view() -> None:
     first = load(threads=1, crop_scale=1.0)[0]
     from job.data.pixels import decode, whole_view
 
-    assert torch.equal(first.pixels[3], whole_view(decode(tiny.picture(21)), VIEW))
+    assert torch.equal(first.images[3], whole_view(decode(tiny.picture(21)), VIEW))
 
 
 def test_closing_early_ends_the_threads(tmp_path: Path) -> None:

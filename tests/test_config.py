@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.config import FIELDS, Config, Interval, flag
+from job.config import FIELDS, Config
 from job.errors import ConfigError, ResumeError
+from job.fields import Interval, flag
 from job.settings import from_environment, from_mapping, merge, resolve
 
 NEEDED = {"csv": "/d.csv", "lmdb": "/d.lmdb", "run": "/r"}

@@ -102,7 +102,7 @@ def test_scores_count_equal_captions_as_right() -> None:
 
 
 def step_of(state: TrainState, batch: Batch, clip: ClipModel, *, lr: float, seed: int = 0) -> StepReport:
-    settings = StepSettings(global_batch_size=len(batch.pixels) + len(batch.bad), grad_clip=1.0, seed=seed)
+    settings = StepSettings(global_batch_size=len(batch.images) + len(batch.bad), grad_clip=1.0, seed=seed)
     return train_step(state, batch, towers=make_towers(clip, world=ALONE), lr=lr, settings=settings, world=ALONE)
 
 
@@ -131,7 +131,7 @@ def test_steps_follow_open_clips_model_loss_and_adamw(tmp_path: Path) -> None:
         report = step_of(state, batch, clip, lr=1e-3).read()
         adamw.zero_grad()
         texts = [f"thing {index % 5}" for index in range(6)]
-        image, text, scale = peer((batch.pixels - clip.shift) * clip.scale, clip.tokenizer(texts))
+        image, text, scale = peer((batch.images - clip.shift) * clip.scale, clip.tokenizer(texts))
         loss = ClipLoss()(image, text, scale)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
@@ -165,7 +165,7 @@ def test_a_batch_without_negatives_only_moves_the_position(tmp_path: Path, size:
     clip = tiny.make_clip(tmp_path)
     state = state_of(clip)
     whole = batch_of(clip, 2)
-    batch = Batch(whole.pixels[:size], whole.tokens, (("a.jpg", "broken"),) * (2 - size))
+    batch = Batch(whole.images[:size], whole.tokens, (("a.jpg", "broken"),) * (2 - size))
     row = step_of(state, batch, clip, lr=1e-3).read()
     assert row["loss"] is None
     take_row(state, row)

@@ -16,8 +16,8 @@ import torch
 from job.checkpoint.state import FACTS, OPTIMIZER, WEIGHTS, TrainState
 from job.checkpoint.store import RunStore
 from job.checkpoint.writer import CheckpointWriter
-from job.config import Interval
 from job.errors import ConfigError, DeviceError, Stopped
+from job.fields import Interval
 from job.model.build import load_base
 from job.model.optimizer import make_optimizer
 from job.runtime.device import choose_device, choose_precision, decode_threads

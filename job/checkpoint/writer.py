@@ -1,5 +1,6 @@
 """Saves checkpoints beside the training: a copy in host memory, then files on local disk, then the outbox sends them."""
 
+import contextlib
 import logging
 import shutil
 import threading
@@ -156,6 +157,8 @@ class CheckpointWriter:
     def _raise(self) -> None:
         if self._failure is not None:
             failure, self._failure = self._failure, None
+            with contextlib.suppress(StorageError):
+                self._store.check_not_superseded()  # a newer attempt may have removed what this one was writing
             raise failure
 
     def _join(self) -> None:

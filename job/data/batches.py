@@ -5,6 +5,9 @@ processes, and there is no fork, no /dev/shm and one LMDB environment. What has 
 moves in train_step alone.
 """
 
+import math
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -16,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from job.data.captions import Captions, TokenGroups
+from job.data.captions import Captions, Known, TokenGroups, known_texts
 from job.data.order import uniforms
 from job.data.pixels import CROP_NUMBERS, BadImage, View, decode, random_crop_view, whole_view
 
@@ -27,6 +30,9 @@ BYTES_AHEAD = 2**31
 CHUNK = 16
 """Images per task: enough to make the queue's cost vanish, few enough to spread one batch over all threads."""
 
+ROOMY = 2.0
+"""Times the pixels of the view; images that have more are cheaper packed."""
+
 T = TypeVar("T")
 
 
@@ -36,6 +42,7 @@ class ImageSource(Protocol):
 
 class Keys(Protocol):
     def __getitem__(self, row: int) -> str: ...
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,42 @@ class Loaded:
 class Batch:
     """One global batch as the step takes it."""
 
-    pixels: Tensor
-    """uint8 (B, 3, H, W), without the images that can't be decoded"""
+    images: Tensor
+    """uint8 (B, 3, H, W), or float32 (B, D), what a locked image tower makes of them; without those that can't be decoded."""
     tokens: TokenGroups
     """tokens.text_of is (B,): image i and caption i are one pair."""
     bad: tuple[tuple[str, str], ...]
     """(key, reason) of each image left out."""
+
+
+class DecodeTally:
+    """What decoding has cost up to now. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._images = self._pixels = 0
+        self._seconds = 0.0
+
+    def add(self, *, images: int, pixels: int, seconds: float) -> None:
+        """Args: pixels: of the images as they are stored. seconds: of one thread, to read, decode and resize them."""
+        with self._lock:
+            self._images += images
+            self._pixels += pixels
+            self._seconds += seconds
+
+    def remedy(self, *, threads: int, cores: int, view: View) -> str:
+        """What makes a pipeline faster that its device waits for, as a sentence. Args: threads, cores: of this rank."""
+        if not self._images:
+            return ""
+        cost = f"An image takes {1000 * self._seconds / self._images:.1f} ms of a thread"
+        if threads < cores:
+            return f"{cost}, and {threads} of {cores} cores decode: start again with --threads {cores}."
+        if self._pixels / self._images > ROOMY * view.height * view.width:
+            shortest = round(max(view.height, view.width) * 8 / 7)
+            side = math.sqrt(self._pixels / self._images)
+            remedy = f"pack the files anew with `clipjob pack --resize {shortest}`"
+            return f"{cost}, for it has about {side:.0f} x {side:.0f} pixels: {remedy}."
+        return f"{cost}, and all {cores} cores decode: more cores for each GPU are what helps."
 
 
 def load_batches(
@@ -80,6 +117,9 @@ def load_batches(
     threads: int,
     seed: int,
     crop_scale: float,
+    known_images: Known | None = None,
+    known_captions: Known | None = None,
+    tally: DecodeTally | None = None,
     pin_memory: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Generator[Batch]:
@@ -87,12 +127,15 @@ def load_batches(
 
     Args:
         crop_scale: smallest share of an image that a random crop keeps; 1: the evaluation view instead.
+        known_images, known_captions: features of locked towers, by key and by caption; with them nothing is decoded or tokenised.
+        tally: counts what decoding costs.
         stopping: asked twice a second while a batch is not ready; true ends the batches.
     """
 
     def finish(asked: Samples, loaded: Loaded) -> Batch:
         texts = captions.at(asked.rows[loaded.good], asked.positions[loaded.good])
-        return Batch(loaded.pixels, captions.tokens(texts), loaded.bad)
+        tokens = known_texts(texts, known_captions) if known_captions else captions.tokens(texts)
+        return Batch(loaded.pixels, tokens.pinned() if pin_memory else tokens, loaded.bad)
 
     def crop(image: Tensor, numbers: NDArray[np.float64]) -> Tensor:
         return random_crop_view(image, view, numbers=numbers, smallest=crop_scale)
@@ -100,6 +143,8 @@ def load_batches(
     def numbers_at(positions: NDArray[np.int64]) -> NDArray[np.float64]:
         return uniforms(positions, CROP_NUMBERS, seed=seed, stream=CROP_STREAM)
 
+    if known_images:
+        return _known_batches(samples, keys=keys, known=known_images, finish=finish, pin_memory=pin_memory, stopping=stopping)
     augment = (crop, numbers_at) if crop_scale < 1 else None
     return load_images(
         samples,
@@ -109,9 +154,31 @@ def load_batches(
         threads=threads,
         finish=finish,
         augment=augment,
+        tally=tally,
         pin_memory=pin_memory,
         stopping=stopping,
     )
+
+
+def _known_batches(
+    samples: Iterable[Samples],
+    *,
+    keys: Keys,
+    known: Known,
+    finish: Callable[[Samples, Loaded], Batch],
+    pin_memory: bool,
+    stopping: Callable[[], bool],
+) -> Generator[Batch]:
+    """Batches of features that are there already, which takes no thread."""
+    for asked in samples:
+        if stopping():
+            return
+        names = [keys[int(row)] for row in asked.rows]
+        places = np.array([known.place_of.get(name, -1) for name in names], dtype=np.int64)
+        good = np.flatnonzero(places >= 0)
+        features = known.features[torch.from_numpy(places[good])]
+        bad = tuple((names[at], "it is missing or can't be decoded") for at in np.flatnonzero(places < 0))
+        yield finish(asked, Loaded(features.pin_memory() if pin_memory else features, good, bad))
 
 
 def load_images(
@@ -124,6 +191,7 @@ def load_images(
     finish: Callable[[Samples, Loaded], T],
     augment: tuple[Callable[[Tensor, NDArray[np.float64]], Tensor], Callable[[NDArray[np.int64]], NDArray[np.float64]]]
     | None = None,
+    tally: DecodeTally | None = None,
     pin_memory: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Generator[T]:
@@ -134,17 +202,17 @@ def load_images(
         augment: (image, numbers) -> view, and positions -> numbers (B, k); None: the evaluation view.
     """
 
-    def load(key: str, numbers: NDArray[np.float64] | None, slot: Tensor) -> str:
-        """Fills the slot; returns why it could not."""
+    def load(key: str, numbers: NDArray[np.float64] | None, slot: Tensor) -> tuple[str, int]:
+        """Fills the slot. Returns: why it could not, and the pixels of the image."""
         data = images.get(key)
         if data is None:
-            return "it is not in the LMDB"
+            return "it is not in the LMDB", 0
         try:
             image = decode(data)
         except BadImage as error:
-            return str(error)
+            return str(error), 0
         slot.copy_(whole_view(image, view) if augment is None or numbers is None else augment[0](image, numbers))
-        return ""
+        return "", image.shape[1] * image.shape[2]
 
     def submit(asked: Samples) -> Future[T]:
         names = [keys[int(row)] for row in asked.rows]
@@ -153,8 +221,12 @@ def load_images(
         numbers = augment[1](asked.positions) if augment else None
 
         def load_chunk(start: int) -> list[str]:
+            began = time.monotonic()
             places = range(start, min(start + CHUNK, len(names)))
-            return [load(names[at], None if numbers is None else numbers[at], slots[at]) for at in places]
+            done = [load(names[at], None if numbers is None else numbers[at], slots[at]) for at in places]
+            if tally:
+                tally.add(images=len(done), pixels=sum(pixels for _, pixels in done), seconds=time.monotonic() - began)
+            return [reason for reason, _ in done]
 
         chunks = [pool.submit(load_chunk, start) for start in range(0, len(names), CHUNK)]
 

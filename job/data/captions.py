@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,15 +35,29 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 
 @dataclass(frozen=True)
+class Known:
+    """Features of a locked tower, computed once for the whole run."""
+
+    place_of: Mapping[str, int]
+    """Image key or caption -> row of features. A key that is not there could not be decoded."""
+    features: Tensor
+    """float32 (N, D), in host memory."""
+
+
+@dataclass(frozen=True)
 class TokenGroups:
-    """Tokens of U distinct texts, in groups of similar length."""
+    """Tokens of U distinct texts, in groups of similar length; or, of a locked text tower, what it makes of them."""
 
     groups: tuple[Tensor, ...]
-    """Each int64 (u, L); the u of all groups add up to U."""
+    """Each int64 (u, L); the u of all groups add up to U. Or one float32 (U, D): features."""
     text_of: Tensor
     """int64 (B,): the text, counted through all groups, that each caption asked for is."""
     text_id: Tensor
     """int64 (B,): the same number for the same caption, in every batch and process."""
+
+    def pinned(self) -> "TokenGroups":
+        """The same in pinned memory, from which a GPU takes it without the host's waiting."""
+        return TokenGroups(tuple(group.pin_memory() for group in self.groups), self.text_of.pin_memory(), self.text_id.pin_memory())
 
 
 class Captions:
@@ -113,10 +127,7 @@ class Captions:
                 padded[at, : len(member)] = member
             groups.append(torch.from_numpy(padded))
             start += count
-        place = {distinct[index]: at for at, index in enumerate(order)}
-        ids = {caption: _text_id(caption) for caption in distinct}
-        text_of, text_id = ([names[caption] for caption in captions] for names in (place, ids))
-        return TokenGroups(tuple(groups), torch.tensor(text_of, dtype=torch.int64), torch.tensor(text_id, dtype=torch.int64))
+        return _grouped(tuple(groups), captions, place_of={distinct[index]: at for at, index in enumerate(order)})
 
     def tokenise_until(self, enough: Callable[[], bool]) -> None:
         """Tokenises captions ahead of their first use, in the order of the rows, while there is nothing better to do."""
@@ -137,6 +148,19 @@ class Captions:
             if len(self._cache) + len(found) <= CACHED_TEXTS:
                 self._cache.update(found)
         return [found[text] if text in found else self._cache[text] for text in texts]
+
+
+def known_texts(captions: Sequence[str], known: Known) -> TokenGroups:
+    """The features of the distinct captions, in place of their tokens."""
+    distinct = list(dict.fromkeys(captions))
+    features = known.features[torch.tensor([known.place_of[caption] for caption in distinct], dtype=torch.int64)]
+    return _grouped((features,), captions, place_of={caption: at for at, caption in enumerate(distinct)})
+
+
+def _grouped(groups: tuple[Tensor, ...], captions: Sequence[str], *, place_of: Mapping[str, int]) -> TokenGroups:
+    ids = {caption: _text_id(caption) for caption in place_of}
+    text_of, text_id = ([names[caption] for caption in captions] for names in (place_of, ids))
+    return TokenGroups(groups, torch.tensor(text_of, dtype=torch.int64), torch.tensor(text_id, dtype=torch.int64))
 
 
 def _text_id(caption: str) -> int:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from job.config import Interval
+from job.fields import Interval
 
 FOLDER = Path(__file__).parent
 

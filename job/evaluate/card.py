@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from job.config import FIELDS, flag
+from job.config import FIELDS
 from job.evaluate.alpha import GUARD_LIMIT, Scored
 from job.evaluate.calibration import Calibration
 from job.evaluate.retrieval import recall_at_5
 from job.evaluate.select import Chosen
+from job.fields import flag
 from job.model.build import CONFIG_FILE, WEIGHTS_FILE
 from job.report.words import METRICS, model_of
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from job.data.captions import Captions
 from job.errors import DataError
 from job.evaluate import retrieval
-from job.evaluate.encode import encode_captions, evaluating
+from job.evaluate.encode import encode_at_once, evaluating
 from job.evaluate.retrieval import best_right, similarities
 from job.model.build import ClipModel
 
@@ -64,7 +64,7 @@ def class_features(
         for at in range(0, len(names), at_once):
             here = names[at : at + at_once]
             prompts = [template.replace("{}", name) for name in here for template in templates]
-            of_prompts = encode_captions(clip, prompts, captions=captions)
+            of_prompts = encode_at_once(clip, prompts, captions=captions)
             features.append(F.normalize(of_prompts.view(len(here), len(templates), -1).mean(dim=1), dim=-1))
     return torch.cat(features)
 

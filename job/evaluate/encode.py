@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from job.data.batches import ImageSource, Samples, load_images
+from job.data.batches import ImageSource, Keys, Samples, load_images
 from job.data.captions import Captions
 from job.model.build import ClipModel
 from job.model.text import encode_texts
@@ -74,52 +74,94 @@ def encode_held_out(
     Args: batch_size: of one rank. stopping: the same answer on every rank, when all ask.
     Returns: None if stopping() became true on the way.
     """
-    module: Any = clip.module
-    device = clip.shift.device
-    images_here, texts_here = world.part(len(held_out.keys)), world.part(len(held_out.texts))
-    total = len(images_here) + len(texts_here)
-    with evaluating(clip, autocast=autocast):
-        image_features: list[Tensor] = []
-        found: list[int] = []
-        impatient = stopping if world.size == 1 else lambda: False  # a rank must not leave the others in their transfers
-        batches = load_images(
-            _samples(images_here, batch_size),
-            keys=held_out.keys,
-            images=images,
-            view=clip.view,
-            threads=threads,
-            finish=lambda _asked, loaded: loaded,
-            stopping=impatient,
-        )
-        with contextlib.closing(batches):
-            for at in range(0, world.largest_part(len(held_out.keys)), batch_size):
-                loaded = next(batches, None) if at < len(images_here) else None
-                if stopping():
-                    return None
-                if loaded is not None:
-                    if len(loaded.pixels):
-                        pixels = loaded.pixels.to(device)
-                        image_features.append(encode_images(module, pixels, shift=clip.shift, scale=clip.scale))
-                    found.extend(images_here[at + int(place)] for place in loaded.good)
-                    progress(at + len(loaded.good) + len(loaded.bad), total)
-        text_features = []
-        for at in range(0, world.largest_part(len(held_out.texts)), batch_size):
-            if stopping():
-                return None
-            here = texts_here[at : at + batch_size]
-            if here:
-                text_features.append(encode_captions(clip, held_out.texts[here.start : here.stop], captions=captions))
-                progress(len(images_here) + at + len(here), total)
-        if not (image_features and text_features):  # more ranks than images: an empty part must still have the right width
-            nothing = encode_texts(module, [torch.ones(1, 1, dtype=torch.int64, device=device)])[:0]
-            image_features, text_features = image_features or [nothing], text_features or [nothing]
-    image_KD, decoded_K = _assembled(image_features, found, count=len(held_out.keys), world=world)
-    text_TD, _ = _assembled(text_features, texts_here, count=len(held_out.texts), world=world)
+    images_here, texts_here = (len(world.part(len(things))) for things in (held_out.keys, held_out.texts))
+    total = images_here + texts_here
+    how: dict[str, Any] = {"batch_size": batch_size, "autocast": autocast, "stopping": stopping, "world": world}
+    told = lambda done: progress(done, total)  # noqa: E731
+    encoded = encode_keys(clip, held_out.keys, images=images, threads=threads, progress=told, **how)
+    if encoded is None:
+        return None
+    image_KD, decoded_K = encoded
+    told = lambda done: progress(images_here + done, total)  # noqa: E731
+    text_TD = encode_captions(clip, held_out.texts, captions=captions, progress=told, **how)
+    if text_TD is None:
+        return None
     image_ID = image_KD if decoded_K.all() else image_KD[decoded_K]  # of a million, a copy would be 2 GB
     return Features(image_ID, text_TD, torch.where(decoded_K, decoded_K.cumsum(0) - 1, -1))
 
 
-def encode_captions(clip: ClipModel, texts: Sequence[str], *, captions: Captions) -> Tensor:
+def encode_keys(
+    clip: ClipModel,
+    keys: Keys,
+    *,
+    images: ImageSource,
+    batch_size: int,
+    threads: int,
+    autocast: torch.dtype | None,
+    stopping: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda _done: None,
+    world: World = ALONE,
+) -> tuple[Tensor, Tensor] | None:
+    """(K, D) features of the images of these keys, and (K,) bool, which could be decoded. See encode_held_out."""
+    device = clip.shift.device
+    here = world.part(len(keys))
+    features: list[Tensor] = []
+    found: list[int] = []
+    impatient = stopping if world.size == 1 else lambda: False  # a rank must not leave the others in their transfers
+    batches = load_images(
+        _samples(here, batch_size),
+        keys=keys,
+        images=images,
+        view=clip.view,
+        threads=threads,
+        finish=lambda _asked, loaded: loaded,
+        stopping=impatient,
+    )
+    with evaluating(clip, autocast=autocast), contextlib.closing(batches):
+        for at in range(0, world.largest_part(len(keys)), batch_size):
+            loaded = next(batches, None) if at < len(here) else None
+            if stopping():
+                return None
+            if loaded is not None:
+                if len(loaded.pixels):
+                    pixels = loaded.pixels.to(device)
+                    features.append(encode_images(clip.module, pixels, shift=clip.shift, scale=clip.scale))
+                found.extend(here[at + int(place)] for place in loaded.good)
+                progress(at + len(loaded.good) + len(loaded.bad))
+        return _assembled(features or [_no_features(clip)], found, count=len(keys), world=world)
+
+
+def encode_captions(
+    clip: ClipModel,
+    texts: Sequence[str],
+    *,
+    captions: Captions,
+    batch_size: int,
+    autocast: torch.dtype | None,
+    stopping: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda _done: None,
+    world: World = ALONE,
+) -> Tensor | None:
+    """(T, D) features of these texts. See encode_held_out."""
+    here = world.part(len(texts))
+    features = []
+    with evaluating(clip, autocast=autocast):
+        for at in range(0, world.largest_part(len(texts)), batch_size):
+            if stopping():
+                return None
+            now = here[at : at + batch_size]
+            if now:
+                features.append(encode_at_once(clip, texts[now.start : now.stop], captions=captions))
+                progress(at + len(now))
+        return _assembled(features or [_no_features(clip)], here, count=len(texts), world=world)[0]
+
+
+def _no_features(clip: ClipModel) -> Tensor:
+    """(0, D): of a rank that has nothing to encode, because there are more ranks than images."""
+    return encode_texts(clip.module, [torch.ones(1, 1, dtype=torch.int64, device=clip.shift.device)])[:0]
+
+
+def encode_at_once(clip: ClipModel, texts: Sequence[str], *, captions: Captions) -> Tensor:
     """(N, D) features of these texts. Call it within `evaluating`."""
     device = clip.shift.device
     tokens = captions.tokens(texts)

@@ -62,7 +62,7 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Images and texts that go through the towers together."""
 
     images: slice
@@ -86,13 +86,13 @@ def train_step(
         group["lr"] = lr
     model: Any = state.model
     device = model.logit_scale.device
-    pixels, groups, text_of, valid, text_id = _on_device(batch, rows=world.largest_part(settings.global_batch_size), device=device)
-    parts = _parts(len(pixels), groups, at_most=settings.micro_batch)
+    images, groups, text_of, valid, text_id = _on_device(batch, rows=world.largest_part(settings.global_batch_size), device=device)
+    parts = parts_of(len(images), groups, at_most=settings.micro_batch)
 
-    def forward(part: _Part) -> tuple[Tensor, ...]:
+    def forward(part: Part) -> tuple[Tensor, ...]:
         torch.manual_seed(derived_key(settings.seed, MODEL_STREAM, state.step - 1, world.rank, part.images.start))
         with torch.autocast(device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
-            outputs: tuple[Tensor, ...] = towers(pixels[part.images], part.groups)
+            outputs: tuple[Tensor, ...] = towers(images[part.images], part.groups)
             return outputs
 
     if len(parts) == 1:
@@ -121,7 +121,7 @@ def train_step(
         unsynchronised = towers.no_sync() if isinstance(towers, DistributedDataParallel) and not last else contextlib.nullcontext()
         with unsynchronised:
             outputs = outputs or forward(part)
-            slopes = [gradients.image[: len(pixels)][part.images], text_gradient_UD[part.texts]]
+            slopes = [gradients.image[: len(images)][part.images], text_gradient_UD[part.texts]]
             if last:  # once: the gradients of these two are those of the whole batch
                 slopes += [gradients.logit_scale, gradients.logit_bias]
             _backward(outputs, slopes, scaler=state.scaler, world=world)
@@ -133,31 +133,32 @@ def train_step(
 
 
 def _on_device(batch: Batch, *, rows: int, device: torch.device) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
-    """(pixels, token groups, text_of, valid, text_id). valid and text_id are (rows,), as many on each rank.
+    """(images, token groups, text_of, valid, text_id). valid and text_id are (rows,), as many on each rank.
 
     A rank without a single good image computes a blank one, so that it takes part in every transfer.
     """
-    good = len(batch.pixels)
-    pixels, groups, text_of = batch.pixels, batch.tokens.groups, batch.tokens.text_of
+    good = len(batch.images)
+    images, groups, text_of = batch.images, batch.tokens.groups, batch.tokens.text_of
     if not good:
-        pixels, text_of = pixels.new_zeros(1, *pixels.shape[1:]), torch.zeros(1, dtype=torch.int64)
-        groups = (torch.ones(1, 1, dtype=torch.int64),)
-    valid = torch.arange(rows) < good
-    return (
-        pixels.to(device, non_blocking=pixels.is_pinned()),
-        [tokens.to(device) for tokens in groups],
-        text_of.to(device),
-        valid.to(device),
-        _padded(batch.tokens.text_id, rows).to(device),
-    )
+        images, text_of = images.new_zeros(1, *images.shape[1:]), torch.zeros(1, dtype=torch.int64)
+        groups = (groups[0].new_zeros(1, groups[0].shape[1]),) if groups else (torch.ones(1, 1, dtype=torch.int64),)
+
+    def put(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=tensor.is_pinned())
+
+    valid = torch.arange(rows, device=device) < good
+    return put(images), [put(group) for group in groups], put(text_of), valid, _padded(put(batch.tokens.text_id), rows)
 
 
-def _parts(images: int, groups: list[Tensor], *, at_most: int) -> list[_Part]:
-    """Divides images, and texts in as many parts; of few texts the last part has some, for it completes the gradients."""
+def parts_of(images: int, groups: list[Tensor], *, at_most: int) -> list[Part]:
+    """Divides images, and texts in as many parts; of few texts the last part has some, for it completes the gradients.
+
+    Args: groups: ordered by length. at_most: images of a part; 0: all in one.
+    """
     count = max(1, -(-images // at_most)) if at_most else 1
     texts = sum(len(tokens) for tokens in groups)
     return [
-        _Part(
+        Part(
             slice(at * images // count, (at + 1) * images // count),
             slice(at * texts // count, (at + 1) * texts // count),
             _cut(groups, at * texts // count, (at + 1) * texts // count),

@@ -24,13 +24,16 @@ class Towers(nn.Module):
         self.model: Any = clip.module
         self._shift, self._scale = clip.shift, clip.scale
 
-    def forward(self, pixels_BCHW: Tensor, groups: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, texts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Image features (B, D), text features (U, D), logit_scale's exponential, and logit_bias where the model has one.
 
-        Args: pixels_BCHW, groups: see encode_images and encode_texts.
+        Args: images, texts: pixels and groups of tokens, see encode_images and encode_texts; or features, which stay as they are.
         """
-        image_BD = encode_images(self.model, pixels_BCHW, shift=self._shift, scale=self._scale)
-        text_UD = encode_texts(self.model, groups) if groups else image_BD.new_zeros(0, image_BD.shape[1])
+        image_BD = images if images.is_floating_point() else encode_images(self.model, images, shift=self._shift, scale=self._scale)
+        if not texts:
+            text_UD = image_BD.new_zeros(0, image_BD.shape[1])
+        else:
+            text_UD = torch.cat(tuple(texts)) if texts[0].is_floating_point() else encode_texts(self.model, texts)
         bias = getattr(self.model, "logit_bias", None)
         biases = () if bias is None else (bias.reshape(()),)
         return image_BD, text_UD, self.model.logit_scale.exp().reshape(()), *biases

@@ -10,6 +10,7 @@ from job.checkpoint.commit import Rejection, merge_histories, read
 from job.checkpoint.store import RunStore
 from job.config import FIELDS
 from job.errors import ConfigError, ResumeError
+from job.fields import Interval, default_text
 from job.storage import files
 
 PAGE = "report.html"
@@ -83,12 +84,13 @@ class RunFacts:
 
     def changed(self) -> dict[str, tuple[Any, Any]]:
         """Settings that differ from the defaults: name -> (value, default)."""
-        defaults = {name: spec.default for name, spec in FIELDS.items()}
-        shown = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in defaults.items()}
+        defaults = {
+            name: str(spec.default) if isinstance(spec.default, Interval) else spec.default for name, spec in FIELDS.items()
+        }
         return {
-            name: (value, shown.get(name, "–"))
+            name: (value, default_text(FIELDS[name]) or defaults[name] if name in FIELDS else "–")
             for name, value in self.settings.items()
-            if name not in PLACES and value != shown.get(name)
+            if name not in PLACES and value != defaults.get(name)
         }
 
 

@@ -3,16 +3,21 @@
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tqdm import tqdm
 
-from job.config import Interval
+from job.fields import Interval
 
 log = logging.getLogger(__name__)
 
 STAGING_LOG_SECONDS = 10.0
+
+DATA_LIMITS = 0.1
+"""Share of an interval spent waiting for data above which that is worth a warning."""
+LONG_ENOUGH_SECONDS = 1.0
+"""Shorter intervals say nothing about the pipeline."""
 
 LIVE_LINE = "step {n}/{total} |{bar:12}| {elapsed} + {remaining}{postfix}"
 
@@ -55,9 +60,25 @@ class StagingProgress:
 
 
 class Progress:
-    """Shows steps as they are read. Close it: it owns the live line. Args: live: whether this rank may have one."""
+    """Shows steps as they are read. Close it: it owns the live line.
 
-    def __init__(self, *, steps: int, done: int, every: Interval, steps_per_epoch: float, live: bool = True) -> None:
+    Args:
+        seconds_by_state: the ledger's, up to now.
+        remedy: what helps when steps wait for data, as a sentence; empty: nothing is known to.
+        live: whether this rank may have a live line.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: int,
+        done: int,
+        every: Interval,
+        steps_per_epoch: float,
+        seconds_by_state: Callable[[], Mapping[str, float]] = dict,
+        remedy: Callable[[], str] = str,
+        live: bool = True,
+    ) -> None:
         self._every = every
         self._steps = steps
         self._steps_per_epoch = steps_per_epoch
@@ -67,6 +88,9 @@ class Progress:
         self._last_step = done
         self._samples = 0
         self._waited = 0.0
+        self._seconds_by_state, self._remedy = seconds_by_state, remedy
+        self._seconds = dict(seconds_by_state())
+        self._advised = ""
         self._bar: Any = None
         if live and sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=done, dynamic_ncols=True, file=sys.stderr, smoothing=0.1, bar_format=LIVE_LINE)
@@ -86,20 +110,32 @@ class Progress:
                 refresh=False,
             )
             self._bar.update(row["step"] - self._bar.n)
-        elif self._due(row["step"]):
-            elapsed = time.monotonic() - self._last_time
+        if self._due(row["step"]):
+            self._end_interval(row)
+
+    def _end_interval(self, row: dict[str, Any]) -> None:
+        """Where the interval's time went, and what would help if it went into waiting for data."""
+        elapsed = max(time.monotonic() - self._last_time, 1e-9)
+        before, self._seconds = self._seconds, dict(self._seconds_by_state())
+        spent = {state: round((seconds - before[state]) / elapsed, 3) for state, seconds in self._seconds.items()}
+        if self._bar is None:
             log.info(
                 "step",
                 extra={
                     **{name: value for name, value in row.items() if name not in ("kind", "seconds", "data_wait_seconds", "pairs")},
                     "steps": self._steps,
                     "epoch": round(row["step"] / self._steps_per_epoch, 3),
-                    "samples_per_second": round(self._samples / max(elapsed, 1e-9), 2),
-                    "data_wait_ratio": round(self._waited / max(elapsed, 1e-9), 4),
+                    "samples_per_second": round(self._samples / elapsed, 2),
+                    "data_wait_ratio": round(self._waited / elapsed, 4),
+                    "time": {state: share for state, share in spent.items() if share > 0},
                     "eta_seconds": round((self._steps - row["step"]) * elapsed / max(1, row["step"] - self._last_step)),
                 },
             )
-            self._last_time, self._last_step, self._samples, self._waited = time.monotonic(), row["step"], 0, 0.0
+        if self._waited / elapsed > DATA_LIMITS and elapsed > LONG_ENOUGH_SECONDS and (remedy := self._remedy()) != self._advised:
+            self._advised = remedy
+            share = round(self._waited / elapsed, 3)
+            log.warning("%.0f %% of the time went into waiting for data. %s", 100 * share, remedy, extra={"data_wait_ratio": share})
+        self._last_time, self._last_step, self._samples, self._waited = time.monotonic(), row["step"], 0, 0.0
 
     def evaluating(self, done: int, total: int) -> None:
         """So many of the held-out images and texts have been encoded."""

@@ -2,7 +2,7 @@
 
 import time
 
-from job.config import Interval
+from job.fields import Interval
 
 LONGEST_RISK_SECONDS = 600.0
 """`auto` never leaves more than ten minutes of work without a checkpoint."""
