@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.device import cpu_has_bf16, device_name
 from benchmarks.machine import arguments, publish, say, spread, table
 from benchmarks.synthetic import Training, make_training
+from job.model.image import encode_images
 from job.model.loss import contrastive_loss
 from job.model.step import _on_device, _update
 from job.model.text import encode_texts
-from job.model.towers import encode_images
 
 BANDWIDTH_BYTES = 2**28
 OPTIMISER_BYTES = 4 * (1 + 2 + 4 + 3)

@@ -84,10 +84,12 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any
         "lmdb": "the LMDB",
         "val_csv_sha256": "the held-out CSV's sha256",
         "val_lmdb": "the held-out LMDB",
+        "guard_csv_sha256": "the guard CSV's sha256",
+        "guard_lmdb": "the guard LMDB",
     }
     found: list[tuple[str, Any, Any]] = []
     for name, words in names.items():
-        was, new = before.get(name), now[name]
+        was, new = before.get(name), now.get(name)
         if was != new and (was, new) not in [(a, b) for _, a, b in found]:  # held-out pairs may be a part of the same file
             found.append((words, was, new))
     return [(words, _brief(was), _brief(new)) for words, was, new in found]

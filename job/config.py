@@ -12,6 +12,8 @@ from typing import Any
 from job.errors import ConfigError
 from job.fields import AUTO, Interval, check_value, flag, option, parse
 
+RECALLS = tuple(f"{asked}_retrieval_recall@{k}" for asked in ("image", "text") for k in (1, 5, 10))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -23,6 +25,8 @@ class Config:
     lmdb: str = option("", "LMDB of encoded images: folder, file or URI.", may_change=True)
     val_csv: str = option("", "CSV of held-out pairs; default: a part of --csv (--val-fraction).", may_change=True)
     val_lmdb: str = option("", "LMDB of the held-out images; default: --lmdb.", may_change=True)
+    guard_csv: str = option("", "CSV of pairs that the model must not forget, scored beside the held-out ones.", may_change=True)
+    guard_lmdb: str = option("", "LMDB of their images.", may_change=True)
     scratch: str = option(
         "", "Local folder for staged files; default: clipjob-<user id> in the system's temporary folder.", may_change=True
     )
@@ -105,6 +109,12 @@ class Config:
     evaluate_every: Interval = option(
         Interval("epochs", 1), "Interval of held-out evaluation, in steps or epochs; 0: only first and last."
     )
+    best_metric: str = option(
+        "mean_recall", "Held-out metric by which the best checkpoint is chosen.", choices=("mean_recall", *RECALLS)
+    )
+    patience: int = option(
+        0, "Evaluations in a row that are not the best so far, after which the run is complete; 0: all its steps.", at_least=0
+    )
     hang_timeout: Interval = option(
         Interval("seconds", 1800), "Silence after which a job that does not get on ends itself with 70. 0: never.", may_change=True
     )
@@ -145,6 +155,8 @@ class Config:
         _ = self.scratch_limit_bytes
         if self.lock_image and self.lock_text:
             raise ConfigError("--lock-image and --lock-text together leave nothing to train; give one of them.")
+        if bool(self.guard_csv) != bool(self.guard_lmdb):
+            raise ConfigError("--guard-csv and --guard-lmdb belong together; give both or neither.")
         if self.init_from and self.pretrained:
             raise ConfigError("--init-from and --pretrained both name the first weights; give one of them.")
 

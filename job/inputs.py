@@ -19,8 +19,8 @@ from job.config import Config
 from job.data.captions import find_tag_separator, full_lengths
 from job.data.check import check_data, quick_check
 from job.data.check_report import Report
-from job.data.dataset import Dataset, make_dataset
-from job.data.images import open_images
+from job.data.dataset import Dataset, Guard, make_dataset
+from job.data.images import Images, open_images
 from job.data.manifest import Manifest, read_manifest, read_manifest_like
 from job.data.pixels import decode
 from job.data.staging import Staging
@@ -107,12 +107,15 @@ class Lmdbs:
     images: list[Path]
     held_out: list[Path]
     """Empty: the held-out images are among the others."""
+    guard: list[Path]
+    """Empty: there is no guard."""
 
 
 def stage_lmdbs(config: Config, staging: Staging) -> Lmdbs:
     """Brings the LMDBs here. Raises: DataError, StorageError."""
     held_out = staging.lmdb(config.val_lmdb, flag="--val-lmdb") if config.val_lmdb else []
-    return Lmdbs(staging.lmdb(config.lmdb, flag="--lmdb"), held_out)
+    guard = staging.lmdb(config.guard_lmdb, flag="--guard-lmdb") if config.guard_lmdb else []
+    return Lmdbs(staging.lmdb(config.lmdb, flag="--lmdb"), held_out, guard)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ class Tables:
     manifest: Manifest
     held_out: Manifest | None
     """Of --val-csv."""
+    guard: Manifest | None
+    """Of --guard-csv."""
 
 
 def read_tables(config: Config, staging: Staging) -> tuple[Config, Tables]:
@@ -143,6 +148,7 @@ def read_tables(config: Config, staging: Staging) -> tuple[Config, Tables]:
             caption_column=manifest.caption_column,
             key_prefix=config.key_prefix,
         )
+    guard = read_manifest(staging.file(config.guard_csv, flag="--guard-csv")) if config.guard_csv else None
     separator = config.tag_separator
     if separator == AUTO and config.caption_mode == "sample":
         spread = np.linspace(0, len(manifest) - 1, num=min(len(manifest), 1000), dtype=np.int64)
@@ -154,7 +160,7 @@ def read_tables(config: Config, staging: Staging) -> tuple[Config, Tables]:
         "caption_column": manifest.caption_column,
     }
     log.info("csv", extra={**found, "rows": len(manifest)})
-    return replace(config, tag_separator=separator, **found), Tables(manifest, held_out)
+    return replace(config, tag_separator=separator, **found), Tables(manifest, held_out, guard)
 
 
 def open_dataset(config: Config, tables: Tables, lmdbs: Lmdbs, *, check: bool = True) -> Dataset:
@@ -167,6 +173,8 @@ def open_dataset(config: Config, tables: Tables, lmdbs: Lmdbs, *, check: bool = 
     val_images = open_images(lmdbs.held_out) if lmdbs.held_out else None
     manifest = tables.manifest
     dataset = make_dataset(manifest, images, val_manifest=tables.held_out, val_images=val_images, val_fraction=config.val_fraction)
+    if tables.guard:
+        dataset = replace(dataset, guard=Guard(tables.guard, open_images(lmdbs.guard)))
     if check:
         _check_quickly(config, dataset)
     log.info(
@@ -176,6 +184,7 @@ def open_dataset(config: Config, tables: Tables, lmdbs: Lmdbs, *, check: bool = 
             "images": len(images),
             "train": len(dataset.train_rows),
             "held_out": len(dataset.held_out_rows),
+            **({"guard": len(tables.guard)} if tables.guard else {}),
         },
     )
     return dataset
@@ -194,6 +203,8 @@ def _check_quickly(config: Config, dataset: Dataset) -> None:
         dataset.manifest, dataset.images, training=dataset.train_rows, global_batch_size=batch_size, max_bad_samples=limit
     ):
         log.warning(problem.text, extra={"problem": problem.name})
+    if dataset.guard:
+        _check_others("--guard-csv", config.guard_csv, dataset.guard.manifest, dataset.guard.images, limit=limit)
     if not config.val_csv:
         return
     held_out_keys = set(dataset.held_out.keys)
@@ -202,14 +213,17 @@ def _check_quickly(config: Config, dataset: Dataset) -> None:
             "images of --val-csv are also in --csv, so scores will be too good",
             extra={"problem": "held-out-images-in-training", "images": shared},
         )
-    rows = dataset.held_out_rows
+    _check_others("--val-csv", config.val_csv, dataset.held_out, dataset.held_out_images, limit=limit)
+
+
+def _check_others(flag: str, csv: str, manifest: Manifest, images: Images, *, limit: float) -> None:
+    """The same for pairs that nobody trains on. Raises: DataError."""
+    rows = np.arange(len(manifest), dtype=np.int64)
     try:
-        for problem in quick_check(
-            dataset.held_out, dataset.held_out_images, training=rows, global_batch_size=1, max_bad_samples=limit
-        ):
-            log.warning("--val-csv: %s", problem.text)
+        for problem in quick_check(manifest, images, training=rows, global_batch_size=1, max_bad_samples=limit):
+            log.warning("%s: %s", flag, problem.text)
     except DataError as error:
-        raise DataError(f"--val-csv {config.val_csv}: {error}") from None
+        raise DataError(f"{flag} {csv}: {error}") from None
 
 
 def check_job(config: Config, *, all_images: bool) -> Report:

@@ -78,9 +78,9 @@ def merge(*, flags: Mapping[str, Any], environ: Mapping[str, str], config_file: 
     """What the user asked for: flags over environment over file. Local paths become absolute, so that a run can be
     resumed from another folder."""
     given = {**(from_toml(config_file) if config_file else {}), **from_environment(environ), **flags}
-    for name in ("run", "csv", "lmdb", "val_csv", "val_lmdb", "scratch", "init_from"):
+    for name in ("run", "csv", "lmdb", "val_csv", "val_lmdb", "guard_csv", "guard_lmdb", "scratch", "init_from"):
         if given.get(name) and "://" not in given[name]:
-            given[name] = _absolute(given[name], several=name in ("lmdb", "val_lmdb"))
+            given[name] = _absolute(given[name], several=name.endswith("lmdb"))
         elif given.get(name) and _CREDENTIALS.search(given[name]):
             raise ConfigError(
                 f"{flag(name)} carries credentials, and the run would keep them. Give a plain URI, and credentials where every "

@@ -227,10 +227,16 @@ def captions_of(config: Config, texts: Texts, clip: ClipModel) -> Captions:
 
 
 def evaluation(config: Config, attempt: Attempt, dataset: Dataset, captions: Captions, clip: ClipModel) -> Evaluate | None:
-    """Evaluates the model as it is when called: metrics, or None when a signal came first. None: nothing is held out."""
+    """Scores the model as it is when called: metrics of the held-out pairs, and with guard_ in front those of the guard; or None
+    when a signal came first. None: nothing is held out."""
     if not len(dataset.held_out_rows):
         return None
-    held_out, captions = held_out_texts(config, dataset, captions, clip)
+    sets = [("", *held_out_texts(config, dataset, captions, clip), dataset.held_out_images)]
+    if dataset.guard:
+        guard = dataset.guard.manifest
+        texts = _guard_captions(guard.captions, clip)
+        pairs = group_pairs((guard.keys[row], texts.choices(row)) for row in range(len(guard)))
+        sets.append(("guard_", pairs, texts, dataset.guard.images))
     world = attempt.world
 
     def evaluate(progress: Callable[[int, int], None]) -> dict[str, float] | None:
@@ -238,20 +244,32 @@ def evaluation(config: Config, attempt: Attempt, dataset: Dataset, captions: Cap
             attempt.watchdog.beat("evaluating")
             progress(done, total)
 
-        return evaluate_retrieval(
-            clip,
-            held_out,
-            images=dataset.held_out_images,
-            captions=captions,
-            batch_size=world.largest_part(config.global_batch_size),
-            threads=decode_threads(config.threads, ranks=world.ranks),
-            autocast=autocast_dtype(config.precision),
-            stopping=lambda: world.any(attempt.stop.requested),
-            progress=beating,
-            world=world,
-        )
+        scores: dict[str, float] = {}
+        for prefix, held_out, texts, images in sets:
+            found = evaluate_retrieval(
+                clip,
+                held_out,
+                images=images,
+                captions=texts,
+                batch_size=world.largest_part(config.global_batch_size),
+                threads=decode_threads(config.threads, ranks=world.ranks),
+                autocast=autocast_dtype(config.precision),
+                stopping=lambda: world.any(attempt.stop.requested),
+                progress=beating,
+                world=world,
+            )
+            if found is None:
+                return None
+            scores |= {prefix + name: value for name, value in found.items()}
+        return scores
 
     return evaluate
+
+
+def _guard_captions(texts: Texts, clip: ClipModel) -> Captions:
+    """Each whole and as it stands, as in `clipjob export`: they are of other data, so this run's template is not theirs."""
+    lengths = lengths_of(clip.module)
+    return Captions(texts, clip.tokenizer, lengths_of=lengths, mode="whole", tag_separator=", ", template="{}", seed=0)
 
 
 def held_out_texts(config: Config, dataset: Dataset, captions: Captions, clip: ClipModel) -> tuple[HeldOut, Captions]:

@@ -223,10 +223,13 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
                 scores = evaluate(telemetry.evaluating) if evaluate and must_evaluate else None
             best = False
             if scores is not None:
-                best = state.take_metrics(scores)
+                best = state.take_metrics(scores, chosen=config.best_metric)
                 history.add_evaluation(state.step, scores)
                 telemetry.evaluated(state.step, scores, best=best)
                 history.restart_clock()
+            if 0 < config.patience <= state.evaluations_since_best and not last:
+                last = True
+                log.info("no better for as long as --patience says", extra={"step": state.step, "best_step": state.best_step})
             complete = last and (not evaluate or state.evaluated_step == state.step)
             asked_to_stop, save_is_due, failed = agreement.outcome()  # a signal that comes later is met at the next step
             stopping = not complete and (asked_to_stop or (must_evaluate and scores is None))

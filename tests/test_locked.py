@@ -18,8 +18,8 @@ from job.data.images import open_images
 from job.evaluate.encode import encode_captions, encode_keys, evaluating
 from job.locked import LARGEST_BYTES
 from job.model.build import ClipModel, prepare_towers
+from job.model.image import encode_images
 from job.model.step import StepReport
-from job.model.towers import encode_images
 
 COUNT = 60
 HOW: dict[str, Any] = {"batch_size": 7, "autocast": None}

@@ -16,11 +16,12 @@ from job.data.batches import Batch
 from job.data.captions import Captions
 from job.model.build import ClipModel, prepare_towers
 from job.model.flops import peak_flops, training_flops
+from job.model.image import encode_images
 from job.model.loss import LossGradients, contrastive_loss
 from job.model.optimizer import lr_at, make_optimizer, warmup_steps
 from job.model.step import StepReport, StepSettings, take_row, train_step
 from job.model.text import encode_texts, lengths_of
-from job.model.towers import encode_images, make_towers
+from job.model.towers import make_towers
 from job.runtime.world import ALONE
 
 TEXTS = ["a dog", "a much longer caption, with many words in it", "a dog", "cat", "x " * 100]
@@ -245,7 +246,9 @@ def test_the_arithmetic_of_a_pair_is_what_the_layers_add_up_to(tmp_path: Path) -
     width, layers, features, tokens, patches = 32, 2, 16, 10, 5
 
     def transformer(length: int) -> int:
-        return layers * (2 * 12 * length * width**2 + 2 * 2 * length**2 * width) + 2 * width * features
+        block = 2 * 12 * length * width**2 + 2 * 2 * length**2 * width
+        last = 2 * (2 * length + 10) * width**2 + 2 * 2 * length * width  # keys and values of all positions, the rest of one
+        return (layers - 1) * block + last + 2 * width * features
 
     convolution = 2 * 4 * width * 3 * 16 * 16
     expected = 3 * (convolution + transformer(patches) + transformer(tokens))

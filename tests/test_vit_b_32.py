@@ -23,8 +23,8 @@ from job.checkpoint.state import WEIGHTS
 from job.checkpoint.store import RunStore
 from job.data.pixels import decode, whole_view
 from job.model.build import load_base
+from job.model.image import encode_images
 from job.model.text import encode_texts
-from job.model.towers import encode_images
 
 
 def photographs() -> dict[str, bytes]:

@@ -44,17 +44,20 @@ class TrainState:
     best: dict[str, float] = field(default_factory=dict)
     """Held-out metrics at best_step."""
     best_score: float = float("-inf")
+    evaluations_since_best: int = 0
     seconds: float = 0.0
     """Time spent in all attempts up to this state, start-up included."""
 
-    def take_metrics(self, metrics: dict[str, float]) -> bool:
-        """Keeps the held-out metrics of this step. Returns: whether they are the best so far."""
+    def take_metrics(self, metrics: dict[str, float], *, chosen: str = "mean_recall") -> bool:
+        """Keeps the held-out metrics of this step. Returns: whether the chosen one is the best so far."""
         self.evaluated_step, self.after = self.step, metrics
         if self.step == 0:
             self.before = metrics
-        score = metrics.get("mean_recall", float("-inf"))  # nothing could be evaluated: then no step is the best
+        score = metrics.get(chosen, float("-inf"))  # nothing could be evaluated: then no step is the best
         if score <= self.best_score:
+            self.evaluations_since_best += 1
             return False
+        self.evaluations_since_best = 0
         self.best_step, self.best_score, self.best = self.step, score, metrics
         return True
 
@@ -92,6 +95,7 @@ class TrainState:
             "after",
             "best_step",
             "best",
+            "evaluations_since_best",
             "seconds",
         )
         facts = {name: getattr(self, name) for name in names}

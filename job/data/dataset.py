@@ -11,6 +11,14 @@ from job.data.manifest import Manifest, split_rows
 
 
 @dataclass(frozen=True)
+class Guard:
+    """Pairs that the model must not forget."""
+
+    manifest: Manifest
+    images: Images
+
+
+@dataclass(frozen=True)
 class Dataset:
     manifest: Manifest
     images: Images
@@ -20,15 +28,19 @@ class Dataset:
     held_out_images: Images
     held_out_rows: NDArray[np.int64]
     """Rows of held_out, ascending; may be empty."""
+    guard: Guard | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """What a restart must find again, as JSON values."""
-        return {
+        found: dict[str, Any] = {
             "csv_sha256": self.manifest.sha256,
             "lmdb": self.images.fingerprint(),
             "val_csv_sha256": self.held_out.sha256,
             "val_lmdb": self.held_out_images.fingerprint(),
         }
+        if self.guard:
+            found |= {"guard_csv_sha256": self.guard.manifest.sha256, "guard_lmdb": self.guard.images.fingerprint()}
+        return found
 
 
 def make_dataset(

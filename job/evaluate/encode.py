@@ -12,8 +12,8 @@ from torch import Tensor
 from job.data.batches import ImageSource, Keys, Samples, load_images
 from job.data.captions import Captions
 from job.model.build import ClipModel
+from job.model.image import encode_images
 from job.model.text import encode_texts
-from job.model.towers import encode_images
 from job.runtime.world import ALONE, World
 
 

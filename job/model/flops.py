@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from job.model.build import ClipModel
+from job.model.image import encode_images
 from job.model.text import encode_texts
-from job.model.towers import encode_images
 
 PEAKS = {
     "B200": 2250e12,

@@ -204,13 +204,17 @@ def _update(state: TrainState, grad_clip: float) -> Tensor:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if state.scaler:
         state.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    largest = grad_clip or math.inf
     if state.scaler:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
         state.scaler.step(optimizer)
         state.scaler.update()
     else:
-        # The fused optimiser takes these two from GradScaler; set by hand they skip the update without asking the host.
-        optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
+        # The fused optimiser takes these two from GradScaler. Set by hand, one clips in the pass that updates, the other skips the
+        # update without asking the host.
+        optimizer.grad_scale, optimizer.found_inf = (norm / largest).clamp(min=1.0).float(), (~torch.isfinite(norm)).float()
         optimizer.step()
     return norm
 

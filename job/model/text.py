@@ -1,8 +1,7 @@
 """Tokens -> unit features of text, computed on real tokens only; open_clip's `encode_text` to rounding.
 
 A causal tower that pools at the end of text needs no position behind it, so rows are cut there and put into groups of similar
-length. What looks at one position at a time (nearly all of the work) is computed on the tokens of all groups at once, attention
-in each group.
+length; see job/model/blocks.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +10,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP, CustomTextCLIP
-from open_clip.transformer import ResidualAttentionBlock, TextTransformer, text_global_pool
+from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from job.model.blocks import are_plain, pooled_output
 
 
 def encode_texts(model: Any, groups: Sequence[Tensor]) -> Tensor:
@@ -24,7 +24,7 @@ def encode_texts(model: Any, groups: Sequence[Tensor]) -> Tensor:
     tower = _cuttable_tower(model)
     if tower is None:
         return unit(torch.cat([model.encode_text(tokens) for tokens in groups]))
-    if _is_plain(tower):
+    if are_plain(tower.transformer.resblocks):
         return unit(_encode_packed(tower, groups))
     return unit(torch.cat([_encode_cut(tower, tokens) for tokens in groups]))
 
@@ -75,53 +75,18 @@ def _pooling(tower: Any) -> tuple[str, int]:
     return tower.pool_type, tower.eos_id
 
 
-def _is_plain(tower: Any) -> bool:
-    """Whether the tower is made of open_clip's usual blocks, whose parts `_encode_packed` calls one by one."""
-    return all(
-        type(block) is ResidualAttentionBlock
-        and type(block.attn) is nn.MultiheadAttention
-        and block.attn.in_proj_weight is not None
-        and block.attn.bias_k is None
-        and not block.attn.add_zero_attn
-        and not block.attn.dropout
-        for block in tower.transformer.resblocks
-    )
-
-
 def _encode_packed(tower: Any, groups: Sequence[Tensor]) -> Tensor:
     """open_clip's text forward on all groups in one pass. T: tokens of all groups; W: the tower's width."""
     shapes = [(tokens.shape[0], tokens.shape[1]) for tokens in groups]
-    transformer = tower.transformer
-    dtype = transformer.get_cast_dtype()
+    dtype = tower.transformer.get_cast_dtype()
     positions = tower.positional_embedding.to(dtype)
     width = positions.shape[1]
     x_TW = tower.token_embedding(torch.cat([tokens.flatten() for tokens in groups])).to(dtype)
     x_TW = x_TW + torch.cat([positions[:length].expand(rows, length, width).reshape(-1, width) for rows, length in shapes])
-    for block in transformer.resblocks:
-        if transformer.grad_checkpointing and torch.is_grad_enabled():
-            x_TW = checkpoint(_block_on_packed, block, x_TW, shapes, use_reentrant=False)
-        else:
-            x_TW = _block_on_packed(block, x_TW, shapes)
     pool_type, eos_id = _pooling(tower)
-    last, start = [], 0
-    for tokens, (rows, length) in zip(groups, shapes, strict=True):
-        at = tokens.argmax(dim=-1) if pool_type == "argmax" else (tokens == eos_id).int().argmax(dim=-1)
-        last.append(start + torch.arange(rows, device=at.device) * length + at)
-        start += rows * length
-    return cast(Tensor, _project(tower, tower.ln_final(x_TW.index_select(0, torch.cat(last)))))
-
-
-def _block_on_packed(block: Any, x_TW: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-    """One ResidualAttentionBlock. shapes: rows and length of each group, one after the other in T."""
-    attn = block.attn
-    heads = attn.num_heads
-    qkv_T3W = F.linear(block.ln_1(x_TW), attn.in_proj_weight, attn.in_proj_bias)
-    mixed = []
-    for part, (rows, length) in zip(qkv_T3W.split([rows * length for rows, length in shapes]), shapes, strict=True):
-        q, k, v = part.view(rows, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        mixed.append(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(rows * length, -1))
-    x_TW = x_TW + block.ls_1(attn.out_proj(torch.cat(mixed)))
-    return cast(Tensor, x_TW + block.ls_2(block.mlp(block.ln_2(x_TW))))
+    at = [tokens.argmax(dim=-1) if pool_type == "argmax" else (tokens == eos_id).int().argmax(dim=-1) for tokens in groups]
+    pooled_NW = pooled_output(tower.transformer, x_TW, shapes, at_N=torch.cat(at), causal=True)
+    return cast(Tensor, _project(tower, tower.ln_final(pooled_NW)))
 
 
 def _encode_cut(tower: Any, tokens_UL: Tensor) -> Any:

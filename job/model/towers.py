@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from job.model.build import ClipModel
-from job.model.text import encode_texts, unit
+from job.model.image import encode_images
+from job.model.text import encode_texts
 from job.runtime.world import World
 
 _DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
@@ -72,17 +73,3 @@ def _settle_buckets(parallel: nn.Module, clip: ClipModel) -> None:
     parallel.zero_grad(set_to_none=True)
     for part, training in modes:
         part.training = training
-
-
-def encode_images(model: Any, pixels_BCHW: Tensor, *, shift: Tensor, scale: Tensor) -> Tensor:
-    """Unit features of images.
-
-    Args:
-        pixels_BCHW: uint8 on the model's device.
-        shift, scale: the model's normalisation, see ClipModel.
-    Returns: (B, D), float32 or better.
-    """
-    normalised = (
-        pixels_BCHW.to(shift.dtype, memory_format=torch.contiguous_format).sub_(shift).mul_(scale)
-    )  # one copy in float, not three
-    return unit(model.encode_image(normalised))

@@ -57,7 +57,8 @@ class RunFacts:
         if self.result:
             best = self.result["best"] if self.result["best_step"] is not None else {}
             return dict(best or self.result["after"])
-        return _metrics(max(self.evaluations, key=lambda row: row.get("mean_recall", 0.0), default={}))
+        chosen = self.settings.get("best_metric", "mean_recall")
+        return _metrics(max(self.evaluations, key=lambda row: row.get(chosen, 0.0), default={}))
 
     @property
     def export_name(self) -> str:

@@ -132,6 +132,12 @@ def _curves(facts: RunFacts) -> str:
             Series("image → text, recall@1", _over_steps(facts, "text_retrieval_recall@1"), 1, 1, dots=True),
         ]
         charts.append(("Held-out recall", _share_chart(lines, label="Held-out recall over steps")))
+        if any("guard_mean_recall" in row for row in facts.evaluations):
+            kept = [
+                Series("text → image, recall@5", _over_steps(facts, "guard_image_retrieval_recall@5"), 0, 0, dots=True),
+                Series("image → text, recall@5", _over_steps(facts, "guard_text_retrieval_recall@5"), 1, 0, dots=True),
+            ]
+            charts.append(("Recall on the guard: what it has not forgotten", _share_chart(kept, label="Guard recall over steps")))
         right = [Series("probability", _over_steps(facts, "right_caption_probability"), 2, 0, dots=True)]
         charts.append(
             ("Probability of the right caption", _share_chart(right, label="Probability of the right caption over steps"))

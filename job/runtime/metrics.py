@@ -83,6 +83,7 @@ class Metrics:
         self.waiting = self._gauge("clipjob_checkpoints_waiting", "Checkpoints that wait on scratch because storage fails.")
         self._resumed = self._gauge("clipjob_resume_duration_seconds", "From the start of this attempt to its first step.")
         self._recall = self._gauge("clipjob_eval_recall_ratio", "Held-out recall.", ("direction", "k"))
+        self._guard = self._gauge("clipjob_guard_recall_ratio", "Recall on the guard data.", ("direction", "k"))
         self._memory = self._gauge("clipjob_device_memory_bytes", "Of the GPU.", ("kind",))
         self._completed = self._gauge("clipjob_run_completed_timestamp_seconds", "When the run became complete; 0 before.")
         for reason in ("undecodable",):
@@ -161,10 +162,10 @@ class Metrics:
     def evaluated(self, scores: Mapping[str, float]) -> None:
         """Held-out metrics, by CLIP_benchmark's names."""
         for name, value in scores.items():
-            kind, _, k = name.partition("_retrieval_recall@")
+            kind, _, k = name.removeprefix("guard_").partition("_retrieval_recall@")
             if k:
                 direction = {"text": "image_to_text", "image": "text_to_image"}[kind]
-                self._recall.labels(direction=direction, k=k).set(value)
+                (self._guard if name.startswith("guard_") else self._recall).labels(direction=direction, k=k).set(value)
         if self._board:
             self._board.evaluated(scores, step=self._at)
 
