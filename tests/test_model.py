@@ -14,9 +14,9 @@ from open_clip.loss import ClipLoss
 from job.checkpoint.state import TrainState
 from job.data.batches import Batch
 from job.data.captions import Captions
+from job.model import image
 from job.model.build import ClipModel, prepare_towers
 from job.model.flops import peak_flops, training_flops
-from job.model.image import encode_images
 from job.model.loss import LossGradients, contrastive_loss
 from job.model.optimizer import lr_at, make_optimizer, warmup_steps
 from job.model.step import StepReport, StepSettings, take_row, train_step
@@ -25,6 +25,7 @@ from job.model.towers import make_towers
 from job.runtime.world import ALONE
 
 TEXTS = ["a dog", "a much longer caption, with many words in it", "a dog", "cat", "x " * 100]
+VISION = tiny.CONFIG["vision_cfg"]
 TEXT = tiny.CONFIG["text_cfg"]
 
 
@@ -70,14 +71,68 @@ def test_a_causal_tower_is_cut_and_another_is_not(tmp_path: Path) -> None:
     assert lengths_of(other.module) is None
 
 
-def test_image_features_equal_open_clips(tmp_path: Path) -> None:
-    clip = tiny.make_clip(tmp_path)
-    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+@pytest.mark.parametrize(
+    ("changes", "plain"),
+    [
+        ({}, True),
+        ({"vision_cfg": {**VISION, "image_size": 40, "patch_dropout": 0.5, "ls_init_value": 0.1}}, True),
+        ({"vision_cfg": {**VISION, "no_ln_pre": True}, "quick_gelu": True}, True),
+        ({"vision_cfg": {**VISION, "pool_type": "avg"}}, False),
+        ({"vision_cfg": {**VISION, "attentional_pool": True, "attn_pooler_heads": 2}}, False),
+    ],
+    ids=["clip", "patches that don't fill the image", "no first norm", "mean of all", "attention pools"],
+)
+def test_image_features_equal_open_clips(tmp_path: Path, changes: dict[str, Any], plain: bool) -> None:
+    clip = tiny.make_clip(tmp_path, **changes)
+    assert image.is_plain(clip.module) == plain
+    clip.module.eval()
+    pixels = torch.randint(0, 256, (4, 3, clip.view.height, clip.view.width), dtype=torch.uint8)
     mean, std = torch.tensor(open_clip.OPENAI_DATASET_MEAN), torch.tensor(open_clip.OPENAI_DATASET_STD)
     normalised = (pixels.float() / 255 - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
     with torch.no_grad():
-        ours = encode_images(clip.module, pixels, shift=clip.shift, scale=clip.scale)
+        ours = image.encode_images(clip.module, pixels, shift=clip.shift, scale=clip.scale)
         assert (ours - clip.module.encode_image(normalised, normalize=True)).abs().max() < 1e-5
+
+
+def test_patches_are_dropped_as_open_clip_drops_them(tmp_path: Path) -> None:
+    clip = tiny.make_clip(tmp_path, vision_cfg={**VISION, "image_size": 64, "patch_dropout": 0.5})
+    pixels = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    clip.module.train()
+    torch.manual_seed(1)
+    ours = image.encode_images(clip.module, pixels, shift=clip.shift, scale=clip.scale)
+    torch.manual_seed(1)
+    theirs = clip.module.encode_image((pixels - clip.shift) * clip.scale, normalize=True)
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_towers_have_open_clips_gradients_on_captions_of_many_lengths(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Under autocast, differences stay within what bf16 itself costs against float32."""
+    clip = tiny.make_clip(tmp_path)
+    pixels = torch.randint(0, 256, (len(TEXTS), 3, 32, 32), dtype=torch.uint8)
+    found = tokens_of(clip, TEXTS)
+    weight = torch.randn(len(TEXTS), 16)
+
+    def gradients(ours: bool, autocast: bool) -> dict[str, torch.Tensor]:
+        clip.module.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            if ours:
+                images = image.encode_images(clip.module, pixels, shift=clip.shift, scale=clip.scale)
+                texts = encode_texts(clip.module, found.groups)[found.text_of]
+            else:
+                images = clip.module.encode_image((pixels - clip.shift) * clip.scale, normalize=True)
+                texts = clip.module.encode_text(clip.tokenizer(TEXTS), normalize=True)
+        ((images.float() - weight) * (texts.float() + weight)).sum().backward()
+        return {name: p.grad.clone() for name, p in clip.module.named_parameters() if p.grad is not None}
+
+    exact = gradients(ours=False, autocast=False)
+    mine = gradients(ours=True, autocast=dtype == torch.bfloat16)
+    theirs = gradients(ours=False, autocast=dtype == torch.bfloat16)
+    assert mine.keys() == exact.keys()
+    for name, value in exact.items():
+        largest = value.abs().max()
+        own, other = ((gradient[name] - value).abs().max() / largest for gradient in (mine, theirs))
+        assert own < (1e-4 if dtype == torch.float32 else max(0.02, 2 * other)), name
 
 
 def loss_of(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, *, ids: torch.Tensor | None = None) -> LossGradients:

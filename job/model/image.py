@@ -20,7 +20,7 @@ def encode_images(model: Any, pixels_BCHW: Tensor, *, shift: Tensor, scale: Tens
         shift, scale: the model's normalisation, see ClipModel.
     Returns: (B, D), float32 or better.
     """
-    if _is_plain(model):
+    if is_plain(model):
         return unit(_encode_plain(model.visual, pixels_BCHW, shift=shift, scale=scale))
     normalised = (
         pixels_BCHW.to(shift.dtype, memory_format=torch.contiguous_format).sub_(shift).mul_(scale)
@@ -28,7 +28,7 @@ def encode_images(model: Any, pixels_BCHW: Tensor, *, shift: Tensor, scale: Tens
     return unit(model.encode_image(normalised))
 
 
-def _is_plain(model: Any) -> bool:
+def is_plain(model: Any) -> bool:
     """Whether the image tower is a ViT of open_clip's usual blocks that pools its class token."""
     tower = getattr(model, "visual", None)
     if type(model) not in (CLIP, CustomTextCLIP) or type(tower) is not VisionTransformer:
