@@ -1,18 +1,26 @@
-"""Images per CPU-second: open_clip's training transform against clipjob's pipeline, from the same LMDB and from a packed one."""
+"""Images per CPU-second: open_clip's training transform, alone and in the usual loaders, against clipjob's pipeline."""
 
+import gc
+import importlib.util
 import io
+import resource
+import shutil
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
+import lmdb
 import numpy as np
 import open_clip
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.images import write_photos
 from benchmarks.machine import LIMIT_COLUMNS, Limit, arguments, paired, publish, ratios, say, spread, table
@@ -27,6 +35,9 @@ from job.runtime.memory import keep_freed_memory
 
 BASELINE = "PIL + open_clip's train transform"
 RAW, PACKED = "clipjob, raw JPEGs", "clipjob, packed to 256 pixels"
+DATALOADER, WEBDATASET = "the same in a DataLoader over the LMDB", "the same in WebDataset, from tar files"
+LINEAR = 1.8
+"""Times the rate of one thread that two must reach: 90 % of linear."""
 REQUIRED = {RAW: 2.6, PACKED: 6.0}
 """Times the baseline, per CPU-second, with one decode thread."""
 
@@ -44,21 +55,83 @@ class Rate:
 
 
 def measured(work: Callable[[], int]) -> Rate:
-    """Args: work: returns how many images it made. CPU time is that of all threads."""
-    cpu, wall = time.process_time(), time.perf_counter()
+    """Args: work: returns how many images it made. CPU time is that of all threads, and of worker processes that have ended."""
+    cpu, wall = _cpu_seconds(), time.perf_counter()
     count = work()
-    return Rate(count / (time.process_time() - cpu), count / (time.perf_counter() - wall))
+    return Rate(count / (_cpu_seconds() - cpu), count / (time.perf_counter() - wall))
+
+
+def _cpu_seconds() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def open_clip_images(images: Images, keys: Column) -> int:
     """What open_clip's own loader does to each image: LMDB value -> PIL -> float tensor. It is spared making batches."""
-    transform = open_clip.image_transform(VIEW.height, is_train=True, aug_cfg={"scale": (CROP_SCALE, 1.0)})
+    transform = train_transform()
     for key in keys:
         data = images.get(key)
         assert data is not None
         with Image.open(io.BytesIO(data)) as image:
             assert transform(image).shape == (3, VIEW.height, VIEW.width)
     return len(keys)
+
+
+def train_transform() -> Any:
+    return open_clip.image_transform(VIEW.height, is_train=True, aug_cfg={"scale": (CROP_SCALE, 1.0)})
+
+
+class Transformed(Dataset[torch.Tensor]):
+    """What most training scripts have: LMDB value -> PIL -> transform. Each worker process opens the LMDB for itself."""
+
+    def __init__(self, path: Path, keys: Column) -> None:
+        self._path, self._keys, self._transform = path, keys, train_transform()
+        self._transaction: Any = None
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        if self._transaction is None:
+            self._transaction = lmdb.open(str(self._path), readonly=True, lock=False).begin()
+        with Image.open(io.BytesIO(self._transaction.get(self._keys[row].encode()))) as image:
+            return cast(torch.Tensor, self._transform(image))
+
+
+def dataloader_images(path: Path, keys: Column, *, workers: int) -> int:
+    return _count(DataLoader(Transformed(path, keys), batch_size=BATCH_SIZE, shuffle=True, num_workers=workers))
+
+
+def webdataset_images(shards: list[str], *, workers: int) -> int:
+    import webdataset
+
+    dataset = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).decode("pil").to_tuple("jpg")
+    transform = train_transform()
+    return _count(DataLoader(dataset.map_tuple(transform), batch_size=BATCH_SIZE, num_workers=workers))
+
+
+def _count(loader: Any) -> int:
+    """Images of all batches; its workers have ended afterwards."""
+    count = 0
+    for batch in loader:
+        count += len(batch[0] if isinstance(batch, list | tuple) else batch)
+    gc.collect()
+    return count
+
+
+def write_shards(folder: Path, images: Images, keys: Column, *, shards: int) -> list[str]:
+    """The images as tar files, as WebDataset wants them."""
+    folder.mkdir()
+    paths = [folder / f"{number}.tar" for number in range(shards)]
+    for number, path in enumerate(paths):
+        with tarfile.open(path, "w") as tar:
+            for row in range(number, len(keys), shards):
+                data = images.get(keys[row])
+                assert data is not None
+                entry = tarfile.TarInfo(f"{row:06}.jpg")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    return [str(path) for path in paths]
 
 
 def clipjob_images(images: Images, keys: Column, *, captions: Captions, threads: int) -> int:
@@ -97,7 +170,9 @@ def captions_of(count: int) -> Captions:
 
 
 def main() -> int:
-    args = arguments(__doc__ or "", repeats=9).parse_args()
+    parser = arguments(__doc__ or "", repeats=9)
+    parser.add_argument("--cores", type=int, default=2, help="threads and workers go up to this [default: %(default)s]")
+    args = parser.parse_args()
     count = 128 if args.quick else 1024
     keep_freed_memory()  # as `clipjob train` does; it serves the baseline as well
     torch.set_num_threads(1)  # else the baseline pays for OpenMP threads that wait; clipjob's decode threads do the same
@@ -110,8 +185,16 @@ def main() -> int:
         raw, packed = open_images(folder / "raw"), open_images(folder / "packed")
         keys, captions = Column.of(raw.sample_keys(count)), captions_of(count)
         variants = {BASELINE: partial(open_clip_images, raw, keys)}
+        cores = min(16, args.cores or 2)
+        variants[f"{DATALOADER}, {cores} workers"] = partial(
+            dataloader_images, shutil.copytree(folder / "raw", folder / "raw-of-workers"), keys, workers=cores
+        )
+        if importlib.util.find_spec("webdataset"):
+            shards = write_shards(folder / "tars", raw, keys, shards=cores)
+            variants[f"{WEBDATASET}, {cores} workers"] = partial(webdataset_images, shards, workers=cores)
+        steps = [threads for threads in (1, 2, 4, 8, 16) if threads <= cores]
         for label, source in ((RAW, raw), (PACKED, packed)):
-            for threads in (1, 2):
+            for threads in steps:
                 variants[f"{label}, {threads} thread{'s' * (threads > 1)}"] = partial(
                     clipjob_images, source, keys, captions=captions, threads=threads
                 )
@@ -137,6 +220,10 @@ def main() -> int:
         )
         for label, bound in REQUIRED.items()
     ]
+    for label in REQUIRED:
+        _, each = ratios(by_wall[f"{label}, 2 threads"], by_wall[f"{label}, 1 thread"])
+        what = f"{label}, images per second of 2 threads against 1"
+        limits.append(Limit(what, float(np.median(each)), LINEAR, "×", at_least=True, spread=spread(each, 2)))
     made = (
         f"{count} JPEGs of 500 × 375 pixels, {min(sizes) / 1000:.0f} to {max(sizes) / 1000:.0f} KB "
         f"(median {np.median(sizes) / 1000:.0f}); LMDB {raw_bytes / count / 1000:.0f} KB per image, packed "

@@ -89,8 +89,17 @@ class Config:
         auto=-1,
     )
     loss: str = option("clip", "clip: softmax over the global batch. siglip: a sigmoid for each pair.", choices=("clip", "siglip"))
+    soft_targets: float = option(
+        0.0,
+        "Share of the target that goes to pairs whose captions share tags, by how many (--tag-separator). 0: none.",
+        at_least=0,
+        at_most=0.9,
+    )
     lr: float = option(1e-5, "Peak learning rate.", above=0)
     weight_decay: float = option(0.1, "AdamW's decay of matrices (never of biases, norms and logit_scale).", at_least=0)
+    layer_decay: float = option(
+        1.0, "Learning rate of each block over that of the block above it; 1: the same for all.", above=0, at_most=1
+    )
     beta1: float = option(0.9, "AdamW's beta1.", at_least=0, at_most=0.9999)
     beta2: float = option(0.98, "AdamW's beta2.", at_least=0, at_most=0.999999)
     eps: float = option(1e-6, "AdamW's epsilon.", above=0)
@@ -157,6 +166,8 @@ class Config:
             raise ConfigError("--lock-image and --lock-text together leave nothing to train; give one of them.")
         if bool(self.guard_csv) != bool(self.guard_lmdb):
             raise ConfigError("--guard-csv and --guard-lmdb belong together; give both or neither.")
+        if self.soft_targets and self.loss != "clip":
+            raise ConfigError("--soft-targets belongs to --loss clip; siglip has a target for each pair by itself.")
         if self.init_from and self.pretrained:
             raise ConfigError("--init-from and --pretrained both name the first weights; give one of them.")
 

@@ -150,7 +150,7 @@ def read_tables(config: Config, staging: Staging) -> tuple[Config, Tables]:
         )
     guard = read_manifest(staging.file(config.guard_csv, flag="--guard-csv")) if config.guard_csv else None
     separator = config.tag_separator
-    if separator == AUTO and config.caption_mode == "sample":
+    if separator == AUTO and (config.caption_mode == "sample" or config.soft_targets):
         spread = np.linspace(0, len(manifest) - 1, num=min(len(manifest), 1000), dtype=np.int64)
         separator = find_tag_separator([manifest.captions[int(row)] for row in spread])
         log.info("tag separator found", extra={"separator": separator})

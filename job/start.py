@@ -140,7 +140,12 @@ def _check_loss(config: Config, clip: ClipModel) -> None:
 def new_state(config: Config, clip: ClipModel) -> TrainState:
     """The state at step 0; the weights are clip's."""
     optimizer = make_optimizer(
-        clip.module, lr=config.lr, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2), eps=config.eps
+        clip.module,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        layer_decay=config.layer_decay,
     )
     scaler = torch.amp.GradScaler(clip.shift.device.type) if config.precision == "fp16" else None
     return TrainState(clip.module, optimizer, scaler)
@@ -190,6 +195,7 @@ def step_settings(config: Config) -> StepSettings:
         seed=config.seed,
         autocast=autocast_dtype(config.precision),
         loss=config.loss,
+        soft_targets=config.soft_targets,
         micro_batch=config.micro_batch,
     )
 
@@ -223,6 +229,7 @@ def captions_of(config: Config, texts: Texts, clip: ClipModel) -> Captions:
         tag_separator=config.tag_separator,
         template=config.template,
         seed=config.seed,
+        with_tags=config.soft_targets > 0,
     )
 
 

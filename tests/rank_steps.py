@@ -40,10 +40,12 @@ class Case:
     bad: int = 0
     """So many of the first images can't be decoded; of more ranks than one, all of the first rank's."""
     dtype: str = "float64"
+    soft_targets: float = 0.0
 
     @property
     def name(self) -> str:
-        return "-".join(str(value) for value in (self.loss, self.micro_batch, self.duplicates, self.bad, self.dtype))
+        parts = (self.loss, self.micro_batch, self.duplicates, self.bad, self.dtype, self.soft_targets)
+        return "-".join(str(value) for value in parts)
 
 
 CASES = [
@@ -55,6 +57,8 @@ CASES = [
     ),
     Case(bad=4),
     Case(bad=6, micro_batch=2),
+    Case(soft_targets=0.3),
+    Case(soft_targets=0.3, bad=4, micro_batch=2),
 ]
 
 
@@ -71,6 +75,8 @@ def clip_of(folder: Path, case: Case) -> ClipModel:
 
 
 def texts_of(case: Case) -> list[str]:
+    if case.soft_targets:
+        return [f"thing {at}, kind {at % 3}, shape {at % 2}" if at != 7 else " , " for at in range(SIZE)]
     return ["the same old thing" if case.duplicates and at % 2 else f"{'long ' * at}thing {at}" for at in range(SIZE)]
 
 
@@ -82,7 +88,14 @@ def share_of(clip: ClipModel, case: Case, part: range) -> Batch:
     texts = texts_of(case)
     good = [at for at in part if at >= case.bad]
     captions = Captions(
-        texts, clip.tokenizer, lengths_of=lengths_of(clip.module), mode="whole", tag_separator="", template="{}", seed=0
+        texts,
+        clip.tokenizer,
+        lengths_of=lengths_of(clip.module),
+        mode="whole",
+        tag_separator=", ",
+        template="{}",
+        seed=0,
+        with_tags=case.soft_targets > 0,
     )
     bad = tuple((str(at), "broken") for at in part if at < case.bad)
     return Batch(pixels_of()[good], captions.tokens([texts[at] for at in good]), bad)
@@ -91,7 +104,14 @@ def share_of(clip: ClipModel, case: Case, part: range) -> Batch:
 def step(folder: Path, case: Case, world: World) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     clip = clip_of(folder, case)
     state = TrainState(clip.module, make_optimizer(clip.module, lr=0.0, weight_decay=0.0, betas=(0.9, 0.98), eps=1e-6), None)
-    settings = StepSettings(global_batch_size=SIZE, grad_clip=0.0, seed=0, loss=case.loss, micro_batch=case.micro_batch)
+    settings = StepSettings(
+        global_batch_size=SIZE,
+        grad_clip=0.0,
+        seed=0,
+        loss=case.loss,
+        micro_batch=case.micro_batch,
+        soft_targets=case.soft_targets,
+    )
     batch = share_of(clip, case, world.part(SIZE))
     report = train_step(state, batch, towers=make_towers(clip, world=world), lr=0.0, settings=settings, world=world)
     gradients = {name: parameter.grad for name, parameter in clip.module.named_parameters() if parameter.grad is not None}

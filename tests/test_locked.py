@@ -13,7 +13,7 @@ from system import Job, assert_identical, finish, outcome
 from test_model import batch_of, state_of, step_of
 
 from job.data.batches import Batch
-from job.data.captions import Captions, Known, known_texts
+from job.data.captions import Captions, Known
 from job.data.images import open_images
 from job.evaluate.encode import encode_captions, encode_keys, evaluating
 from job.locked import LARGEST_BYTES
@@ -45,7 +45,9 @@ def test_a_step_on_known_features_is_the_step_that_computes_them(tmp_path: Path,
             distinct = list(dict.fromkeys(texts))
             features = encode_captions(clip, distinct, captions=captions_of(clip, texts), **HOW)
             assert features is not None
-            batch = Batch(batch.images, known_texts(texts, Known(dict(zip(distinct, range(5), strict=True)), features)), ())
+            batch = Batch(
+                batch.images, captions_of(clip, texts).known(texts, Known(dict(zip(distinct, range(5), strict=True)), features)), ()
+            )
         state = state_of(clip)
         report = step_of(state, batch, clip, lr=1e-3)
         return report, {name: parameter.grad for name, parameter in clip.module.named_parameters() if parameter.grad is not None}

@@ -18,7 +18,7 @@ from job.model import image
 from job.model.build import ClipModel, prepare_towers
 from job.model.flops import peak_flops, training_flops
 from job.model.loss import LossGradients, contrastive_loss
-from job.model.optimizer import lr_at, make_optimizer, warmup_steps
+from job.model.optimizer import layer_scales, lr_at, make_optimizer, warmup_steps
 from job.model.step import StepReport, StepSettings, take_row, train_step
 from job.model.text import encode_texts, lengths_of
 from job.model.towers import make_towers
@@ -262,6 +262,30 @@ def test_one_dimensional_parameters_do_not_decay(tmp_path: Path) -> None:
     groups = make_optimizer(clip.module, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6).param_groups
     for group in groups:
         assert {parameter.ndim >= 2 for parameter in group["params"]} == {group["weight_decay"] > 0}
+
+
+def test_each_block_learns_at_a_share_of_the_rate_of_the_one_above(tmp_path: Path) -> None:
+    clip = tiny.make_clip(tmp_path)
+    optimizer = make_optimizer(clip.module, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, layer_decay=0.5)
+    names = {parameter: name for name, parameter in clip.module.named_parameters()}
+    scale = {names[parameter]: group["lr_scale"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert scale.keys() == set(names.values())
+    for tower in ("", "visual."):
+        assert scale[f"{tower}transformer.resblocks.1.mlp.c_fc.weight"] == 0.5
+        assert scale[f"{tower}transformer.resblocks.0.ln_1.bias"] == 0.25
+        assert scale[f"{tower}positional_embedding"] == 0.125
+    assert scale["visual.conv1.weight"] == scale["visual.ln_pre.weight"] == scale["token_embedding.weight"] == 0.125
+    assert {
+        scale[name] for name in ("visual.proj", "text_projection", "ln_final.weight", "visual.ln_post.bias", "logit_scale")
+    } == {1.0}
+    state = TrainState(clip.module, optimizer, None)
+    step_of(state, batch_of(clip), clip, lr=1e-3)
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 5e-4, 2.5e-4, 1.25e-4}
+
+
+def test_a_tower_without_blocks_learns_at_one_rate() -> None:
+    names = ["visual.stem.weight", "visual.stages.0.conv.weight", "text.transformer.resblocks.0.ln_1.weight", "logit_scale"]
+    assert layer_scales(names, 0.5) == dict(zip(names, (1.0, 1.0, 0.5, 1.0), strict=True))
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:

@@ -11,6 +11,7 @@ import pytest
 import rank_steps
 import tiny
 import torch
+import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 from rank_steps import CASES, Case
 
@@ -53,9 +54,24 @@ def open_clips(folder: Path, case: Case) -> tuple[float, dict[str, torch.Tensor]
     image, text, scale, bias = module(
         ((rank_steps.pixels_of() - clip.shift) * clip.scale)[case.bad :], clip.tokenizer(rank_steps.texts_of(case))[case.bad :]
     )
-    loss = ClipLoss()(image, text, scale) if case.loss == "clip" else SigLipLoss()(image, text, scale, bias)
+    if case.soft_targets:
+        target = targets_by_hand(rank_steps.texts_of(case)[case.bad :], weight=case.soft_targets).to(image.dtype)
+        logits = scale * image @ text.T
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    else:
+        loss = ClipLoss()(image, text, scale) if case.loss == "clip" else SigLipLoss()(image, text, scale, bias)
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+
+
+def targets_by_hand(texts: list[str], *, weight: float) -> torch.Tensor:
+    """(N, N): 1 - weight for the pair itself, weight for all by what their sets of tags share."""
+    tags = [{tag.strip() for tag in text.split(", ")} - {""} for text in texts]
+    overlap = torch.zeros(len(texts), len(texts), dtype=torch.float64)
+    for row, mine in enumerate(tags):
+        for column, others in enumerate(tags):
+            overlap[row, column] = len(mine & others) / len(mine | others) if mine | others else float(row == column)
+    return (1 - weight) * torch.eye(len(texts), dtype=torch.float64) + weight * overlap / overlap.sum(dim=1, keepdim=True)
 
 
 def assert_same(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from job.data.captions import Captions, Known, TokenGroups, known_texts
+from job.data.captions import Captions, Known, TokenGroups
 from job.data.order import uniforms
 from job.data.pixels import CROP_NUMBERS, BadImage, View, decode, random_crop_view, whole_view
 
@@ -134,7 +134,7 @@ def load_batches(
 
     def finish(asked: Samples, loaded: Loaded) -> Batch:
         texts = captions.at(asked.rows[loaded.good], asked.positions[loaded.good])
-        tokens = known_texts(texts, known_captions) if known_captions else captions.tokens(texts)
+        tokens = captions.known(texts, known_captions) if known_captions else captions.tokens(texts)
         return Batch(loaded.pixels, tokens.pinned() if pin_memory else tokens, loaded.bad)
 
     def crop(image: Tensor, numbers: NDArray[np.float64]) -> Tensor:

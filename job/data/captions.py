@@ -22,6 +22,9 @@ CACHED_TEXTS = 1_000_000
 
 TOKENISED_AT_ONCE = 256
 
+MAX_TAGS = 32
+"""Of a caption whose tags are compared; of more, those with the smallest numbers count."""
+
 TAG_SEPARATORS = (", ", ",", "; ", ";", "|", "\t", "/")
 
 
@@ -54,10 +57,13 @@ class TokenGroups:
     """int64 (B,): the text, counted through all groups, that each caption asked for is."""
     text_id: Tensor
     """int64 (B,): the same number for the same caption, in every batch and process."""
+    tags: Tensor
+    """int64 (B, K): the same number for the same tag; 0 behind the last one. K is 0 where nobody asks for tags."""
 
     def pinned(self) -> "TokenGroups":
         """The same in pinned memory, from which a GPU takes it without the host's waiting."""
-        return TokenGroups(tuple(group.pin_memory() for group in self.groups), self.text_of.pin_memory(), self.text_id.pin_memory())
+        rest = (tensor.pin_memory() for tensor in (self.text_of, self.text_id, self.tags))
+        return TokenGroups(tuple(group.pin_memory() for group in self.groups), *rest)
 
 
 class Captions:
@@ -69,7 +75,8 @@ class Captions:
         lengths_of: (n, context_length) tokens -> (n,) lengths beyond which the text tower needs nothing; None when the
             tower looks at all positions.
         mode: whole, or sample (one tag at random per visit, from the numbers that belong to the sample's position).
-        tag_separator: a string; only used by mode sample.
+        tag_separator: a string; only used by mode sample and with_tags.
+        with_tags: also give the tags of each caption, for targets by what captions share.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class Captions:
         tag_separator: str,
         template: str,
         seed: int,
+        with_tags: bool = False,
     ) -> None:
         self._texts = texts
         self._tokenizer = tokenizer
@@ -90,6 +98,7 @@ class Captions:
         self._tag_separator = tag_separator
         self._template = template
         self._seed = seed
+        self._with_tags = with_tags
         self._cache: dict[str, NDArray[np.int32]] = {}
 
     def choices(self, row: int) -> list[str]:
@@ -127,7 +136,29 @@ class Captions:
                 padded[at, : len(member)] = member
             groups.append(torch.from_numpy(padded))
             start += count
-        return _grouped(tuple(groups), captions, place_of={distinct[index]: at for at, index in enumerate(order)})
+        return self._grouped(tuple(groups), captions, place_of={distinct[index]: at for at, index in enumerate(order)})
+
+    def known(self, captions: Sequence[str], known: Known) -> TokenGroups:
+        """The same with the features of the distinct captions in place of their tokens."""
+        distinct = list(dict.fromkeys(captions))
+        features = known.features[torch.tensor([known.place_of[caption] for caption in distinct], dtype=torch.int64)]
+        return self._grouped((features,), captions, place_of={caption: at for at, caption in enumerate(distinct)})
+
+    def _grouped(self, groups: tuple[Tensor, ...], captions: Sequence[str], *, place_of: Mapping[str, int]) -> TokenGroups:
+        ids = {caption: _text_id(caption) for caption in place_of}
+        text_of, text_id = ([names[caption] for caption in captions] for names in (place_of, ids))
+        tags = np.zeros((len(captions), MAX_TAGS if self._with_tags else 0), dtype=np.int64)
+        if self._with_tags:
+            tags_of = {caption: self._tag_ids(caption) for caption in place_of}
+            for row, caption in enumerate(captions):
+                tags[row, : len(tags_of[caption])] = tags_of[caption]
+        places, numbers = (torch.tensor(values, dtype=torch.int64) for values in (text_of, text_id))
+        return TokenGroups(groups, places, numbers, torch.from_numpy(tags))
+
+    def _tag_ids(self, caption: str) -> list[int]:
+        before, _, after = self._template.partition("{}")
+        bare = caption[len(before) : len(caption) - len(after)]
+        return sorted({_text_id(tag) or 1 for tag in split_tags(bare, self._tag_separator)})[:MAX_TAGS]
 
     def tokenise_until(self, enough: Callable[[], bool]) -> None:
         """Tokenises captions ahead of their first use, in the order of the rows, while there is nothing better to do."""
@@ -148,19 +179,6 @@ class Captions:
             if len(self._cache) + len(found) <= CACHED_TEXTS:
                 self._cache.update(found)
         return [found[text] if text in found else self._cache[text] for text in texts]
-
-
-def known_texts(captions: Sequence[str], known: Known) -> TokenGroups:
-    """The features of the distinct captions, in place of their tokens."""
-    distinct = list(dict.fromkeys(captions))
-    features = known.features[torch.tensor([known.place_of[caption] for caption in distinct], dtype=torch.int64)]
-    return _grouped((features,), captions, place_of={caption: at for at, caption in enumerate(distinct)})
-
-
-def _grouped(groups: tuple[Tensor, ...], captions: Sequence[str], *, place_of: Mapping[str, int]) -> TokenGroups:
-    ids = {caption: _text_id(caption) for caption in place_of}
-    text_of, text_id = ([names[caption] for caption in captions] for names in (place_of, ids))
-    return TokenGroups(groups, torch.tensor(text_of, dtype=torch.int64), torch.tensor(text_id, dtype=torch.int64))
 
 
 def _text_id(caption: str) -> int:

@@ -1,6 +1,6 @@
 """Pixels -> unit features of images; open_clip's `encode_image` to rounding."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ def encode_images(model: Any, pixels_BCHW: Tensor, *, shift: Tensor, scale: Tens
 
 def is_plain(model: Any) -> bool:
     """Whether the image tower is a ViT of open_clip's usual blocks that pools its class token."""
-    tower = getattr(model, "visual", None)
+    tower: Any = getattr(model, "visual", None)
     if type(model) not in (CLIP, CustomTextCLIP) or type(tower) is not VisionTransformer:
         return False
     conv = tower.conv1
@@ -59,4 +59,4 @@ def _encode_plain(tower: Any, pixels_BCHW: Tensor, *, shift: Tensor, scale: Tens
     shapes = [(batch, x_BLW.shape[1])]
     first = torch.zeros(batch, dtype=torch.int64, device=x_BLW.device)
     pooled = tower.ln_post(pooled_output(tower.transformer, x_BLW.reshape(-1, width), shapes, at_N=first, causal=False))
-    return pooled if tower.proj is None else pooled @ tower.proj
+    return cast(Tensor, pooled if tower.proj is None else pooled @ tower.proj)

@@ -11,6 +11,7 @@ whole:
 The towers then go backwards from that gradient, so gathering needs no gradient of its own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,8 @@ def contrastive_loss(
     logit_scale: Tensor,
     logit_bias: Tensor | None = None,
     loss: str = "clip",
+    soft_targets: float = 0.0,
+    tags_bK: Tensor | None = None,
     world: World = ALONE,
 ) -> LossGradients:
     """The loss over the pairs of all ranks, and its gradient. All ranks must call it, with equally many rows.
@@ -64,6 +67,8 @@ def contrastive_loss(
             from, and the loss and its gradients are not a number.
         text_id_b: int64, equal for equal captions; right answers are counted by them.
         logit_scale: scalar > 0, not its logarithm. logit_bias: added to every similarity.
+        soft_targets: of clip, the share of each pair's target that goes to all pairs by the tags they share, see Overlap.
+        tags_bK: int64, the tags of each pair, 0 where there are fewer; with soft_targets.
     """
     rows, own = len(image_bD), world.rank * len(image_bD)
     image_ND, text_ND = world.gather(torch.cat([image_bD, text_bD], dim=1)).chunk(2, dim=1)
@@ -81,6 +86,11 @@ def contrastive_loss(
     def diagonal(logits: Tensor, chunk: slice) -> Tensor:
         return logits.diagonal(own + chunk.start)
 
+    overlap = (
+        Overlap(tags_bK, valid_N, chunks, weight=soft_targets, dtype=image_bD.dtype, world=world)
+        if soft_targets and tags_bK is not None
+        else None
+    )
     figures = image_bD.new_zeros(4)
     normaliser_b2 = image_bD.new_empty(rows, 2)
     for chunk in chunks:
@@ -91,6 +101,8 @@ def contrastive_loss(
             hit = right.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0]
             figures[1 + side] += (weight * hit).sum()
             matched = diagonal(logits, chunk).masked_fill(~valid_b[chunk], 0.0)
+            if overlap:
+                matched = (1 - soft_targets) * matched + overlap.of_rows(chunk).mul_(logits.masked_fill(~valid_N, 0.0)).sum(dim=1)
             if loss == "clip":
                 figures[0] += (weight * (normaliser_b2[chunk, side] - matched)).sum() / 2
             elif side == 0:
@@ -111,10 +123,50 @@ def contrastive_loss(
                 slope = of_rows.add_(of_columns).div_(2)
             else:
                 slope = logits.sigmoid_()
-            diagonal(slope, chunk).sub_(1)
+            diagonal(slope, chunk).sub_(1 - soft_targets)
+            if overlap:
+                slope.sub_(overlap.mean_of_both(chunk))
             slope.mul_(share[chunk, None])
             gradients[side][chunk] = logit_scale * (slope @ others)
             if side == 0 and loss == "siglip":  # a softmax does not feel it
                 bias_gradient += slope.sum()
     scale_gradient = (image_bD * gradients[0]).sum() / logit_scale
     return LossGradients(*gradients, scale_gradient, bias_gradient, figures, pairs)
+
+
+class Overlap:
+    """Soft targets: weight times the Jaccard index of two pairs' tags, over the sum of a pair's indices with all pairs.
+
+    All ranks must make one. Args: tags_bK: of this rank's pairs. chunks: of its rows.
+    """
+
+    def __init__(
+        self, tags_bK: Tensor, valid_N: Tensor, chunks: Sequence[slice], *, weight: float, dtype: torch.dtype, world: World
+    ) -> None:
+        tags_NK = world.gather(tags_bK)
+        known, column = tags_NK.unique(return_inverse=True)
+        has_NU = torch.zeros(len(tags_NK), len(known), dtype=dtype, device=tags_NK.device).scatter_(1, column, 1.0)
+        has_NU[:, known == 0] = 0.0
+        self._has_NU, self._count_N = has_NU, has_NU.sum(dim=1)
+        self._valid_N, self._weight = valid_N, weight
+        self._own = world.rank * len(tags_bK)
+        own_sums = torch.cat([self._indices(chunk).sum(dim=1) for chunk in chunks])
+        self._sum_N = world.gather(own_sums).clamp_(min=1e-9)  # 0: of a pair that is not valid
+
+    def _indices(self, chunk: slice) -> Tensor:
+        """(rows, N) Jaccard indices of own pairs with all; a pair without tags shares them with itself."""
+        rows = slice(self._own + chunk.start, self._own + chunk.stop)
+        shared = self._has_NU[rows] @ self._has_NU.T
+        indices = shared / (self._count_N[rows, None] + self._count_N - shared).clamp_(min=1.0)
+        indices.diagonal(rows.start).masked_fill_(self._count_N[rows] == 0, 1.0)
+        return indices.masked_fill_(~self._valid_N, 0.0)
+
+    def of_rows(self, chunk: slice) -> Tensor:
+        """(rows, N) targets of own pairs."""
+        rows = slice(self._own + chunk.start, self._own + chunk.stop)
+        return self._indices(chunk).mul_(self._weight / self._sum_N[rows, None])
+
+    def mean_of_both(self, chunk: slice) -> Tensor:
+        """(rows, N) mean of the targets of own pairs and, of all pairs, of what these give to own ones."""
+        rows = slice(self._own + chunk.start, self._own + chunk.stop)
+        return self._indices(chunk).mul_(self._weight / 2).mul_(1 / self._sum_N[rows, None] + 1 / self._sum_N)

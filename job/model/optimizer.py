@@ -1,26 +1,56 @@
 """AdamW for fine-tuning, and the learning rate as a function of the step."""
 
 import math
+import re
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+_BLOCK = re.compile(r"\.(?:resblocks|blocks)\.(\d+)\.")
+_EMBEDDINGS = re.compile(r"(conv1|ln_pre|embedding|patch_embed|cls_token|pos_embed)")
+
 
 def make_optimizer(
-    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, layer_decay: float = 1.0
 ) -> torch.optim.AdamW:
-    """AdamW in two groups: matrices decay; 1-D parameters (biases, norms) and logit_scale do not.
+    """AdamW in groups: matrices decay; 1-D parameters (biases, norms) and logit_scale do not.
 
     The fused implementation skips its update on the device when told of a gradient that is not finite, so the host need not look.
+
+    Args: layer_decay: see layer_scales; a group's "lr_scale" is what its learning rate is multiplied by.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    fused = trained[0].device.type in ("cuda", "cpu", "mps")
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    scales = layer_scales([name for name, _ in model.named_parameters()], layer_decay)
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2
+            new = {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scales[name]}
+            groups.setdefault((-scales[name], not decays), new)["params"].append(parameter)
+    fused = next(model.parameters()).device.type in ("cuda", "cpu", "mps")
+    return torch.optim.AdamW([groups[key] for key in sorted(groups)], lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+def layer_scales(names: Sequence[str], decay: float) -> dict[str, float]:
+    """What the learning rate of each parameter is multiplied by.
+
+    1 above the blocks of a tower, `decay` in its last block, decay² in the one below, and so on down to its embeddings. A tower
+    without blocks has 1 throughout. Source: BEiT, arXiv:2106.08254, appendix.
+    """
+    depths: dict[bool, int] = {}
+    for name in names:
+        if match := _BLOCK.search(name):
+            image = name.startswith("visual.")
+            depths[image] = max(depths.get(image, 0), int(match[1]) + 1)
+
+    def layers_above(name: str) -> int:
+        depth = depths.get(name.startswith("visual."), 0)
+        if match := _BLOCK.search(name):
+            return depth - int(match[1])
+        return depth + 1 if depth and _EMBEDDINGS.search(name) else 0
+
+    return {name: decay ** layers_above(name) for name in names}
 
 
 def warmup_steps(asked: int, steps: int) -> int:

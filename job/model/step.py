@@ -40,6 +40,7 @@ class StepSettings:
     autocast: torch.dtype | None = None
     """dtype of the towers' arithmetic; None: float32."""
     loss: str = "clip"
+    soft_targets: float = 0.0
     micro_batch: int = 0
     """Pairs that go through the towers at a time; 0: all of this rank's."""
 
@@ -83,10 +84,12 @@ def train_step(
     """
     state.step += 1
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     model: Any = state.model
     device = model.logit_scale.device
-    images, groups, text_of, valid, text_id = _on_device(batch, rows=world.largest_part(settings.global_batch_size), device=device)
+    images, groups, text_of, valid, text_id, tags = _on_device(
+        batch, rows=world.largest_part(settings.global_batch_size), device=device
+    )
     parts = parts_of(len(images), groups, at_most=settings.micro_batch)
 
     def forward(part: Part) -> tuple[Tensor, ...]:
@@ -112,6 +115,8 @@ def train_step(
         logit_scale=model.logit_scale.detach().exp().reshape(()),
         logit_bias=None if bias is None else bias.detach().reshape(()),
         loss=settings.loss,
+        soft_targets=settings.soft_targets,
+        tags_bK=tags,
         world=world,
     )
     state.optimizer.zero_grad(set_to_none=True)
@@ -132,8 +137,8 @@ def train_step(
         return StepReport(state.step, lr, _figures(gradients, norm, model, bad=len(batch.bad), world=world))
 
 
-def _on_device(batch: Batch, *, rows: int, device: torch.device) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor]:
-    """(images, token groups, text_of, valid, text_id). valid and text_id are (rows,), as many on each rank.
+def _on_device(batch: Batch, *, rows: int, device: torch.device) -> tuple[Any, ...]:
+    """(images, token groups, text_of, valid, text_id, tags). The last three have `rows` rows, as many on each rank.
 
     A rank without a single good image computes a blank one, so that it takes part in every transfer.
     """
@@ -147,7 +152,8 @@ def _on_device(batch: Batch, *, rows: int, device: torch.device) -> tuple[Tensor
         return tensor.to(device, non_blocking=tensor.is_pinned())
 
     valid = torch.arange(rows, device=device) < good
-    return put(images), [put(group) for group in groups], put(text_of), valid, _padded(put(batch.tokens.text_id), rows)
+    padded = (_padded(put(tensor), rows) for tensor in (batch.tokens.text_id, batch.tokens.tags))
+    return put(images), [put(group) for group in groups], put(text_of), valid, *padded
 
 
 def parts_of(images: int, groups: list[Tensor], *, at_most: int) -> list[Part]:
