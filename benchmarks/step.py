@@ -61,7 +61,7 @@ def parts_of_step(training: Training, *, device: str) -> Parts:
 
     on = torch.device(device)
     moved = part("transfer", lambda: _on_device(training.batch, rows=settings.global_batch_size, device=on))
-    pixels, groups, text_of, valid, text_id = moved
+    pixels, groups, text_of, valid, text_id, _ = moved
     image = part("image tower, forward", partial(towers, lambda: encode_images(model, pixels, shift=clip.shift, scale=clip.scale)))
     text = part("text tower, forward", partial(towers, lambda: encode_texts(model, groups)))
     gradients = part(
