@@ -185,7 +185,7 @@ def main() -> int:
         raw, packed = open_images(folder / "raw"), open_images(folder / "packed")
         keys, captions = Column.of(raw.sample_keys(count)), captions_of(count)
         variants = {BASELINE: partial(open_clip_images, raw, keys)}
-        cores = min(16, args.cores or 2)
+        cores = max(2, min(16, args.cores))
         variants[f"{DATALOADER}, {cores} workers"] = partial(
             dataloader_images, shutil.copytree(folder / "raw", folder / "raw-of-workers"), keys, workers=cores
         )

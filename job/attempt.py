@@ -48,6 +48,12 @@ class Attempt:
     ledger: Ledger
 
 
+def pairs_at_once(world: World, *, global_batch_size: int, micro_batch: int) -> int:
+    """Pairs of a rank that go through the towers at a time where nothing is learnt: no more than while something is."""
+    rows = world.largest_part(global_batch_size)
+    return min(rows, micro_batch) if micro_batch > 0 else rows
+
+
 @contextlib.contextmanager
 def joined(ranks: Ranks, *, check: Callable[[], None]) -> Iterator[World]:
     """This rank among all others, once they are here. Leaving it with an error ends the others too, with the same exit code.

@@ -16,6 +16,7 @@ from job.data.dataset import Dataset
 from job.errors import AccessError, JobError, ResumeError, Stopped, StorageError, TrainingError
 from job.fields import flag
 from job.runtime.log import always_with
+from job.settings import shown
 from job.storage import files
 
 log = logging.getLogger(__name__)
@@ -46,10 +47,11 @@ def compare_with_run(config: Config, store: RunStore, dataset: Dataset) -> None:
     """
     mine: dict[str, Any] = {"format": FORMAT, "version": job.__version__, "config": config.to_json(), "data": dataset.fingerprint()}
     stored = store.load_config() or _new_config(store, mine)
+    known = stored["config"]
     wrong = [
-        f"{flag(name)} was {stored['config'][name]!r}, now {value!r}"
+        f"{flag(name)} was {shown(name, known.get(name, value))}, now {shown(name, value)}"
         for name, value in mine["config"].items()
-        if not FIELDS[name].metadata["may_change"] and stored["config"].get(name, value) != value
+        if not FIELDS[name].metadata["may_change"] and known.get(name, value) != value
     ]
     wrong += [f"{what}: {was}, now {now}" for what, was, now in _changes(stored["data"], mine["data"])]
     if wrong:
@@ -96,7 +98,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any
 
 
 def _brief(value: Any) -> Any:
-    return f"{value[:12]}…" if isinstance(value, str) else value
+    return "none" if value is None else f"{value[:12]}…" if isinstance(value, str) else value
 
 
 def restore(attempt: Attempt) -> Restored | None:

@@ -58,7 +58,9 @@ class Config:
     caption_mode: str = option(
         "whole", "whole: the whole text is the caption. sample: one tag at random per visit.", choices=("whole", "sample")
     )
-    tag_separator: str = option(AUTO, "Separator of tags within a caption, for --caption-mode sample: auto or a string.")
+    tag_separator: str = option(
+        AUTO, "Separator of tags in a caption, for --caption-mode sample and --soft-targets: auto or a string."
+    )
     template: str = option("{}", 'Text around each caption or tag, such as "a photo of {}".')
     val_fraction: float = option(0.05, "Part of the images held out (by hash of the key), 0 for none.", at_least=0, at_most=0.5)
     max_bad_samples: float = option(
@@ -147,9 +149,9 @@ class Config:
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             check_value(spec, getattr(self, spec.name))
-        if "{}" not in self.template:
+        if self.template.count("{}") != 1:
             raise ConfigError(
-                f'--template must contain {{}} where the caption goes, such as "a photo of {{}}"; found "{self.template}".'
+                f'--template must contain {{}} once, where the caption goes, such as "a photo of {{}}"; found "{self.template}".'
             )
         if not self.tag_separator:
             raise ConfigError("--tag-separator must be auto or what stands between two tags, such as a comma; found nothing.")
@@ -166,6 +168,10 @@ class Config:
             raise ConfigError("--lock-image and --lock-text together leave nothing to train; give one of them.")
         if bool(self.guard_csv) != bool(self.guard_lmdb):
             raise ConfigError("--guard-csv and --guard-lmdb belong together; give both or neither.")
+        if (self.guard_csv or self.patience) and not (self.val_csv or self.val_fraction):
+            raise ConfigError("--guard-csv and --patience go with held-out pairs: --val-fraction above 0, or --val-csv.")
+        if self.patience and self.evaluate_every.kind == "never":
+            raise ConfigError("--patience counts evaluations, and --evaluate-every 0 leaves only the first and the last.")
         if self.soft_targets and self.loss != "clip":
             raise ConfigError("--soft-targets belongs to --loss clip; siglip has a target for each pair by itself.")
         if self.init_from and self.pretrained:

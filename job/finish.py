@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from job.attempt import Attempt
+from job.attempt import Attempt, pairs_at_once
 from job.checkpoint.state import TrainState
+from job.checkpoint.store import abort_uploads
 from job.config import Config
 from job.data.captions import Captions
 from job.data.dataset import Dataset
@@ -36,13 +37,13 @@ def finish_run(
             after=after,
             images=dataset.held_out_images,
             captions=texts,
-            batch_size=attempt.world.largest_part(config.global_batch_size),
+            batch_size=pairs_at_once(attempt.world, global_batch_size=config.global_batch_size, micro_batch=config.micro_batch),
             threads=decode_threads(config.threads, ranks=attempt.world.ranks),
             autocast=autocast_dtype(config.precision),
             stopping=stopping,
         )
 
-    return export_run(
+    done = export_run(
         attempt.store,
         state,
         base=base,
@@ -51,3 +52,6 @@ def finish_run(
         look=look if len(dataset.held_out_rows) else None,
         stopping=stopping,
     )
+    if done:
+        abort_uploads(attempt.store.uri)  # of requests whose answer was lost; no later attempt will look
+    return done

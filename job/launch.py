@@ -75,7 +75,8 @@ def run_command(arguments: list[str], stop: StopSignal) -> int:
             raise
         reason = (str(error).strip().splitlines() or ["memory ran out"])[0]
         _tell(
-            f"{reason} Go on with --micro-batch auto or a smaller one, take --grad-checkpointing in a new run, or a larger machine."
+            f"{reason} Start again with a smaller --micro-batch (auto finds what fits a GPU), on a larger machine, or in a new run "
+            "with --grad-checkpointing."
         )
         return 70
 

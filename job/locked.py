@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from job.attempt import Attempt
+from job.attempt import Attempt, pairs_at_once
 from job.config import Config
 from job.data.captions import Captions, Known
 from job.data.dataset import Dataset
-from job.evaluate.encode import encode_captions, encode_keys
+from job.evaluate.encode import encode_captions, encode_keys, feature_width
 from job.model.build import ClipModel
 from job.runtime.device import autocast_dtype, decode_threads
 
@@ -44,37 +44,51 @@ def locked_features(
     Args: samples: of the whole run. Where no row comes twice there is nothing to gain.
     Returns: None if a signal came on the way.
     """
-    rows = dataset.train_rows.tolist()
-    if not (config.lock_image or config.lock_text) or samples <= len(rows):
+    if not (config.lock_image or config.lock_text) or samples <= len(dataset.train_rows):
         return LockedFeatures()
-    world, module = attempt.world, clip.module
+    world = attempt.world
     how: dict[str, Any] = {
-        "batch_size": world.largest_part(config.global_batch_size),
+        "batch_size": pairs_at_once(world, global_batch_size=config.global_batch_size, micro_batch=config.micro_batch),
         "autocast": autocast_dtype(config.precision),
         "stopping": lambda: world.any(attempt.stop.requested),
         "world": world,
     }
-    width = int(getattr(module.visual, "output_dim", 0)) or LARGEST_BYTES
-    largest = LARGEST_BYTES // (4 * width)
+    threads = decode_threads(config.threads, ranks=world.ranks)
+    most = LARGEST_BYTES // (4 * feature_width(clip))
+
+    def encode_images(part: list[str], told: Callable[[int], None]) -> tuple[Tensor, Tensor] | None:
+        return encode_keys(clip, part, images=dataset.images, threads=threads, progress=told, **how)
+
+    def encode_texts(part: list[str], told: Callable[[int], None]) -> tuple[Tensor, Tensor] | None:
+        found = encode_captions(clip, part, captions=captions, progress=told, **how)
+        return None if found is None else (found, torch.ones(len(part), dtype=torch.bool))
+
     images, texts = None, None
+    rows = dataset.train_rows
     if config.lock_image and config.crop_scale < 1:
         log.info("the image tower is locked: with --crop-scale 1 its features would be computed once, not in every epoch")
     elif config.lock_image:
-        keys = list(dict.fromkeys(dataset.manifest.keys[row] for row in rows))
-        threads = decode_threads(config.threads, ranks=world.ranks)
-        encode = lambda part, told: encode_keys(clip, part, images=dataset.images, threads=threads, progress=told, **how)  # noqa: E731
-        if len(keys) <= largest and (images := _known("image", keys, encode, attempt)) is None:
+        keys = _distinct(((dataset.manifest.keys[int(row)],) for row in rows), attempt, most=most, tower="image")
+        if keys and (images := _known("image", keys, encode_images, attempt)) is None:
             return None
     if config.lock_text:
-        choices = list(dict.fromkeys(text for row in rows for text in captions.choices(row)))
-
-        def encode_part(part: Sequence[str], told: Callable[[int], None]) -> tuple[Tensor, Tensor] | None:
-            found = encode_captions(clip, part, captions=captions, progress=told, **how)
-            return None if found is None else (found, torch.ones(len(part), dtype=torch.bool))
-
-        if len(choices) <= largest and (texts := _known("text", choices, encode_part, attempt)) is None:
+        choices = _distinct((captions.choices(int(row)) for row in rows), attempt, most=most, tower="text")
+        if choices and (texts := _known("text", choices, encode_texts, attempt)) is None:
             return None
     return LockedFeatures(images, texts)
+
+
+def _distinct(names: Iterable[Iterable[str]], attempt: Attempt, *, most: int, tower: str) -> list[str]:
+    """Every name once, in order; none, if there are more than `most`."""
+    found: dict[str, None] = {}
+    for count, several in enumerate(names):
+        found.update(dict.fromkeys(several))
+        if count % PIECE == 0:
+            attempt.watchdog.beat("listing what a locked tower encodes")
+        if len(found) > most:
+            log.info("features of the locked %s tower are computed in every epoch: there are more than fit in memory", tower)
+            return []
+    return list(found)
 
 
 def _known(

@@ -116,8 +116,10 @@ def resolve(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, *
         before = from_mapping(stored or {}, origin="config.json")
     except ConfigError as error:
         raise ResumeError(f"{error} {_OTHER_HAND}") from None
+    if stored is not None:  # settings that an older version did not know were as they are by default
+        before = {name: spec.default for name, spec in FIELDS.items() if not spec.metadata["may_change"]} | before
     wrong = [
-        f"{flag(name)} was {_shown(before[name])}, now {_shown(value)}"
+        f"{flag(name)} was {shown(name, before[name])}, now {shown(name, value)}"
         for name, value in given.items()
         if name in before and not FIELDS[name].metadata["may_change"] and not _agrees(name, value, before[name])
     ]
@@ -153,7 +155,7 @@ _OTHER_HAND = (
 
 def _agrees(name: str, given: Any, stored: Any) -> bool:
     """Whether a value means what is stored: `auto` agrees with what it was resolved to, and a file may have moved."""
-    if given == stored or given in (AUTO, Interval(AUTO)):
+    if given == stored or given in (AUTO, Interval(AUTO)) or given == FIELDS[name].metadata["auto"]:
         return True
     if name == "torch_threads":
         return bool(given == 0)
@@ -164,5 +166,8 @@ def _agrees(name: str, given: Any, stored: Any) -> bool:
     return isinstance(given, str) and os.path.isabs(given) and os.path.basename(given) == os.path.basename(stored)
 
 
-def _shown(value: Any) -> str:
+def shown(name: str, value: Any) -> str:
+    """A setting's value as messages show it."""
+    if value == FIELDS[name].metadata["auto"] is not None:
+        return AUTO
     return repr(value) if isinstance(value, str) else str(value)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from job.attempt import Attempt
+from job.attempt import Attempt, pairs_at_once
 from job.checkpoint.publish import Team
 from job.checkpoint.state import TrainState
 from job.checkpoint.store import RunStore
@@ -116,8 +116,6 @@ def with_micro_batch(config: Config, attempt: Attempt, clip: ClipModel, captions
     world = attempt.world
 
     def find() -> int:
-        if attempt.device.type != "cuda":
-            return 0
         rows = world.largest_part(config.global_batch_size)
         groups = captions.tokens(captions.sample(rows)).groups
         return fitting_micro_batch(clip.to(attempt.device), groups, rows=rows, autocast=autocast_dtype(config.precision))
@@ -258,7 +256,7 @@ def evaluation(config: Config, attempt: Attempt, dataset: Dataset, captions: Cap
                 held_out,
                 images=images,
                 captions=texts,
-                batch_size=world.largest_part(config.global_batch_size),
+                batch_size=pairs_at_once(world, global_batch_size=config.global_batch_size, micro_batch=config.micro_batch),
                 threads=decode_threads(config.threads, ranks=world.ranks),
                 autocast=autocast_dtype(config.precision),
                 stopping=lambda: world.any(attempt.stop.requested),

@@ -3,9 +3,10 @@
 1. ranks       this process and its peers, if there are several; all that follows is what each of them does
 2. node        device, precision, threads: what can't work here ends the job before anything is written
 3. data        remote LMDBs are staged beside; meanwhile CSVs are read and the model is built from the run's own base folder,
-               which a new run makes here; then the LMDB is opened and checked, rows divided into training and held-out
+               which a new run makes here; then what fits the GPU is tried, and the LMDB is opened and checked, its rows
+               divided into training and held-out
 4. run         a restart is compared with the run's config and data, then the attempt is claimed
-5. state       the newest checkpoint that verifies, or step 0
+5. state       the newest checkpoint that verifies, or step 0; what locked towers make of the data
 6. steps       at the top of the loop stands a finished step: evaluate it, save it, leave, or take the next one
 7. result      exports and the report, then result.json, which makes the run complete
 """
@@ -229,7 +230,7 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
                 history.restart_clock()
             if 0 < config.patience <= state.evaluations_since_best and not last:
                 last = True
-                log.info("no better for as long as --patience says", extra={"step": state.step, "best_step": state.best_step})
+                log.info("complete: no better one in as many evaluations as --patience", extra={"best_step": state.best_step})
             complete = last and (not evaluate or state.evaluated_step == state.step)
             asked_to_stop, save_is_due, failed = agreement.outcome()  # a signal that comes later is met at the next step
             stopping = not complete and (asked_to_stop or (must_evaluate and scores is None))

@@ -186,7 +186,7 @@ def world(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World
     Case("evaluation by the clock", 2, "--evaluate-every", "steps or epochs", lambda w: w.start(evaluate_every="10m")),
     Case("nothing to train", 2, "--lock-image", "give one of them", lambda w: w.start("--lock-image", "--lock-text")),
     Case("two first weights", 2, "--init-from", "give one", lambda w: w.start(init_from=w.sound / "run", pretrained="openai")),
-    Case("template without {}", 2, "--template", "must contain {}", lambda w: w.start(template="a photo")),
+    Case("template without {}", 2, "--template", "must contain {} once", lambda w: w.start(template="a photo")),
     Case("long separator", 2, "--csv-separator", "one character", lambda w: w.start(csv_separator="||")),
     Case("nonsense device", 2, "--device", "must be auto, cuda", lambda w: w.resume(device="gpu")),
     Case("endless epochs", 2, "--epochs", "at most", lambda w: w.start(epochs="1e300")),

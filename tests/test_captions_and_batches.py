@@ -1,5 +1,6 @@
 """From rows to batches: captions, tokens, pixels, and images that can't be decoded."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from job.data.batches import Batch, Samples, load_batches
+from job.data.batches import Batch, DecodeTally, Samples, load_batches
 from job.data.captions import Captions, find_tag_separator, full_lengths, split_tags
 from job.data.pixels import View
 
@@ -67,6 +68,51 @@ def test_sampled_tags_depend_on_the_position_alone() -> None:
     assert set(visits) == {"a photo of a red apple", "a photo of fruit", "a photo of sweet"}
     assert source.at([0], np.array([41])) == [visits[41]]
     assert captions(mode="sample", template="a photo of {}", seed=1).at(np.zeros(60, dtype=np.int64), np.arange(60)) != visits
+
+
+@pytest.mark.parametrize(("rows", "count", "found"), [(127, 64, 64), (64, 64, 64), (10, 64, 10), (1000, 3, 3)])
+def test_a_sample_of_captions_is_as_large_as_asked_and_evenly_spread(rows: int, count: int, found: int) -> None:
+    texts = [f"text {number}" for number in range(rows)]
+    source = Captions(texts, TOKENIZER, lengths_of=None, mode="whole", tag_separator=", ", template="{}", seed=0)
+    chosen = [int(text.split()[1]) for text in source.sample(count)]
+    assert len(chosen) == len(set(chosen)) == found
+    gaps = [later - earlier for earlier, later in itertools.pairwise(chosen)]
+    assert max(gaps) - min(gaps) <= 1
+    assert chosen[0] == 0
+    assert rows - chosen[-1] <= max(gaps) + 1
+
+
+def test_tags_are_those_of_the_caption_without_its_template() -> None:
+    source = Captions(
+        ["red, round", "round,  red, red", ""],
+        TOKENIZER,
+        lengths_of=None,
+        mode="whole",
+        tag_separator=",",
+        template="a {}.",
+        seed=0,
+        with_tags=True,
+    )
+    tags = source.tokens(source.at([0, 1, 2], np.arange(3))).tags
+    assert (tags[0] == tags[1]).all()
+    assert [int((row != 0).sum()) for row in tags] == [2, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("threads", "side", "words"),
+    [
+        (1, 224, "1 of 4 cores decode: start again with --threads 4"),
+        (4, 500, "clipjob pack --resize 256"),
+        (4, 256, "more cores for each GPU"),
+    ],
+)
+def test_a_pipeline_that_is_too_slow_says_what_helps(threads: int, side: int, words: str) -> None:
+    tally, view = DecodeTally(), View(224, 224, "bicubic", "shortest")
+    assert tally.remedy(threads=threads, cores=4, view=view) == ""
+    tally.add(images=10, pixels=10 * side * side, seconds=0.03)
+    remedy = tally.remedy(threads=threads, cores=4, view=view)
+    assert words in remedy
+    assert "An image takes 3.0 ms of a thread" in remedy
 
 
 def test_a_row_without_tags_keeps_its_text() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.config import FIELDS, Config
+from job.config import FIELDS, Config, parse_value
 from job.errors import ConfigError, ResumeError
 from job.fields import Interval, flag
 from job.settings import from_environment, from_mapping, merge, resolve
@@ -84,6 +84,9 @@ def test_a_model_file_may_have_moved() -> None:
         ({"seed": 5}, {"seed": 0}, False),
         ({"warmup": 100}, {"warmup": 0}, False),
         ({"lock_image": True}, {"lock_image": False}, False),
+        ({"warmup": 100}, {"warmup": -1}, True),
+        ({}, {"warmup": 100}, False),
+        ({}, {"soft_targets": 0.3}, False),
         ({"csv_separator": "tab"}, {"csv_separator": "\t"}, True),
         ({"csv_separator": "tab"}, {"csv_separator": "\\t"}, True),
         ({"image_column": "FilePath"}, {"image_column": "filepath"}, True),
@@ -97,6 +100,26 @@ def test_only_what_means_the_same_agrees(stored: dict[str, object], given: dict[
     else:
         with pytest.raises(ResumeError, match="was started with other settings"):
             resolve({**NEEDED, **given}, kept)
+
+
+def test_auto_is_a_word_for_a_number_until_the_job_knows_better() -> None:
+    for name in ("warmup", "micro_batch"):
+        assert parse_value(name, "auto", origin=name) == getattr(Config(**NEEDED), name) == -1
+        with pytest.raises(ConfigError, match="must be at least 0"):
+            Config(**{**NEEDED, name: -2})
+    with pytest.raises(ConfigError, match="expected a whole number"):
+        parse_value("keep_every", "auto", origin="keep_every")
+    kept = Config(**NEEDED).to_json()
+    with pytest.raises(ResumeError, match="--warmup was auto, now 50"):
+        resolve({**NEEDED, "warmup": 50}, kept)
+    assert resolve({**NEEDED, "micro_batch": -1}, kept | {"micro_batch": 32}).micro_batch == -1  # tried anew
+
+
+def test_what_an_older_version_did_not_know_was_as_it_is_by_default() -> None:
+    kept = {name: value for name, value in Config(**NEEDED).to_json().items() if name not in ("layer_decay", "patience")}
+    assert resolve(NEEDED, kept) == Config(**NEEDED)
+    with pytest.raises(ResumeError, match=r"--layer-decay was 1\.0, now 0\.7"):
+        resolve({**NEEDED, "layer_decay": 0.7}, kept)
 
 
 @given(st.sampled_from(["seconds", "steps", "epochs"]), st.integers(1, 10**9))
@@ -138,6 +161,10 @@ def test_an_unknown_key_suggests_the_nearest() -> None:
         ({"template": "a photo"}, "--template must contain"),
         ({"evaluate_every": Interval("seconds", 5)}, "--evaluate-every must be counted in steps or epochs"),
         ({"lock_image": True, "lock_text": True}, "nothing to train"),
+        ({"patience": 2, "val_fraction": 0.0}, "go with held-out pairs"),
+        ({"patience": 2, "evaluate_every": Interval("never")}, "--patience counts evaluations"),
+        ({"soft_targets": 0.2, "loss": "siglip"}, "belongs to --loss clip"),
+        ({"template": "{} and {}"}, "must contain {} once"),
         ({"init_from": "/a", "pretrained": "openai"}, "both name the first weights"),
     ],
 )

@@ -94,7 +94,7 @@ def test_a_run_that_gets_no_better_is_complete_after_as_many_evaluations_as_pati
     calm = finish(command(tmp_path / "calm", **settings))
     result = RunStore(str(tmp_path / "calm")).result() or {}
     assert (result["outcome"], result["step"], result["best_step"]) == ("complete", 6, 0)
-    assert calm.seen("no better for as long as --patience says", step=6)
+    assert calm.seen("complete: no better one in as many evaluations as --patience", best_step=0)
     with Job(*command(tmp_path / "killed", **settings)) as first:
         first.wait_for("evaluated", step=3)
         first.process.kill()

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from open_clip.loss import ClipLoss
 from job.checkpoint.state import TrainState
 from job.data.batches import Batch
 from job.data.captions import Captions
+from job.errors import ConfigError
 from job.model import image
 from job.model.build import ClipModel, prepare_towers
 from job.model.flops import peak_flops, training_flops
 from job.model.loss import LossGradients, contrastive_loss
 from job.model.optimizer import layer_scales, lr_at, make_optimizer, warmup_steps
-from job.model.step import StepReport, StepSettings, take_row, train_step
+from job.model.step import StepReport, StepSettings, _update, take_row, train_step
 from job.model.text import encode_texts, lengths_of
 from job.model.towers import make_towers
 from job.runtime.world import ALONE
@@ -228,6 +230,27 @@ def test_a_batch_without_negatives_only_moves_the_position(tmp_path: Path, size:
     assert (state.step, state.bad_samples, state.nonfinite_steps) == (1, 2 - size, 0)
 
 
+@pytest.mark.parametrize(("largest", "clips"), [(0.05, True), (1e6, False), (0.0, False)])
+def test_clipping_in_the_optimiser_is_torchs_clipping(tmp_path: Path, largest: float, clips: bool) -> None:
+    updates = []
+    for ours in (True, False):
+        clip = tiny.make_clip(tmp_path / str(ours))
+        state = state_of(clip)
+        parameters = [parameter for parameter in clip.module.parameters() if parameter.requires_grad]
+        for number in range(3):  # Adam forgets the size of a first gradient, not the relation of several
+            generator = torch.Generator().manual_seed(number)
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator) * (number + 1) / 100
+            if ours:
+                norm = _update(state, largest)
+            else:
+                norm = torch.nn.utils.clip_grad_norm_(parameters, largest or math.inf)
+                state.optimizer.step()
+            assert (norm > largest > 0) == clips
+        updates.append([parameter.detach().clone() for parameter in parameters])
+    assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-7) for one, other in zip(*updates, strict=True))
+
+
 def test_logit_scale_never_passes_100(tmp_path: Path) -> None:
     clip = tiny.make_clip(tmp_path)
     with torch.no_grad():
@@ -283,9 +306,14 @@ def test_each_block_learns_at_a_share_of_the_rate_of_the_one_above(tmp_path: Pat
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 5e-4, 2.5e-4, 1.25e-4}
 
 
-def test_a_tower_without_blocks_learns_at_one_rate() -> None:
-    names = ["visual.stem.weight", "visual.stages.0.conv.weight", "text.transformer.resblocks.0.ln_1.weight", "logit_scale"]
-    assert layer_scales(names, 0.5) == dict(zip(names, (1.0, 1.0, 0.5, 1.0), strict=True))
+def test_towers_of_hugging_face_are_stacks_of_blocks_too_and_stages_are_not() -> None:
+    text = [f"text.transformer.encoder.layer.{number}.output.weight" for number in range(2)]
+    names = ["text.transformer.embeddings.word_embeddings.weight", *text, "text.proj.0.weight", "logit_scale"]
+    assert layer_scales(names, 0.5) == dict(zip(names, (0.125, 0.25, 0.5, 1.0, 1.0), strict=True))
+    stages = [f"visual.trunk.stages.{number}.blocks.0.conv.weight" for number in range(2)]
+    assert layer_scales([*names, *stages], 1.0) == dict.fromkeys([*names, *stages], 1.0)
+    with pytest.raises(ConfigError, match="the image tower is none"):
+        layer_scales([*names, *stages], 0.5)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:

@@ -23,6 +23,7 @@ from job.model.optimizer import make_optimizer
 from job.runtime.device import choose_device, choose_precision, decode_threads
 from job.runtime.history import History
 from job.runtime.log import JsonLines, ShortLines
+from job.runtime.progress import Progress
 from job.runtime.schedule import CheckpointClock, due_at_step
 from job.runtime.stop import STOP_SIGNALS, StopSignal
 
@@ -219,3 +220,33 @@ def test_only_better_metrics_become_the_best(tmp_path: Path) -> None:
     state.step = 9
     assert state.take_metrics({"mean_recall": 0.26})
     assert (state.best_step, state.best) == (9, {"mean_recall": 0.26})
+
+
+def test_the_log_says_where_an_interval_went_and_once_what_helps(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, spent = [0.0], {"productive": 0.0, "data_wait": 0.0}
+    monkeypatch.setattr("job.runtime.progress.time.monotonic", lambda: clock[0])
+    progress = Progress(
+        steps=100, done=0, every=Interval("steps", 1), steps_per_epoch=10, seconds_by_state=lambda: spent, remedy=lambda: "Do this."
+    )
+    row = {"loss": 1.0, "accuracy_image_to_text": 0.5, "seconds": 2.0, "data_wait_seconds": 1.5, "kind": "step", "pairs": 4}
+    with caplog.at_level("INFO"):
+        for step in (1, 2, 3):
+            clock[0] += 2.0
+            spent["productive"] += 0.5
+            spent["data_wait"] += 1.5
+            progress.step({**row, "step": step}, samples=4)
+    lines = [record for record in caplog.records if record.getMessage() == "step"]
+    assert [vars(line)["time_spent"] for line in lines] == [{"productive": 0.25, "data_wait": 0.75}] * 3
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["75 % of the time went into waiting for data. Do this."]  # not of the first interval, and once
+
+
+def test_no_field_takes_the_place_of_time_level_and_event() -> None:
+    record = logging.makeLogRecord(
+        {"msg": "step", "levelname": "INFO", "time": {"a": 1}, "level": 3, "event": "other", "loss": 2.0}
+    )
+    line = json.loads(JsonLines().format(record))
+    assert (line["level"], line["event"], line["loss"]) == ("info", "step", 2.0)
+    assert line["time"].endswith("Z")

@@ -92,7 +92,7 @@ def test_three_real_steps_killed_resumed_and_exported(tmp_path: Path) -> None:
     with torch.no_grad():
         ours = encode_images(trained.module, pixels, shift=trained.shift, scale=trained.scale)
         same = torch.nn.functional.normalize(exported.encode_image((pixels - trained.shift) * trained.scale), dim=-1)
-        assert torch.equal(ours, same)
+        assert (ours - same).abs().max() < 1e-6
         assert (ours * exported.encode_image(theirs, normalize=True)).sum(dim=1).min() > 0.995  # its own preprocessing, in float
         difference = encode_texts(trained.module, [tokens]) - exported.encode_text(tokens, normalize=True)
         assert difference.abs().max() < 1e-5

@@ -35,6 +35,9 @@ class Store:
         self.open.set()
         self.arrived = 0
 
+    def check_not_superseded(self) -> None:
+        """Nobody else is here."""
+
     def workspace(self, step: int, _scratch: Path) -> Path:
         folder = self.folder / f"{step}-{time.monotonic_ns()}"
         folder.mkdir()

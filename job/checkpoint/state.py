@@ -45,6 +45,7 @@ class TrainState:
     """Held-out metrics at best_step."""
     best_score: float = float("-inf")
     evaluations_since_best: int = 0
+    """In a row, up to now."""
     seconds: float = 0.0
     """Time spent in all attempts up to this state, start-up included."""
 
@@ -53,7 +54,9 @@ class TrainState:
         self.evaluated_step, self.after = self.step, metrics
         if self.step == 0:
             self.before = metrics
-        score = metrics.get(chosen, float("-inf"))  # nothing could be evaluated: then no step is the best
+        score = metrics.get(chosen)
+        if score is None:  # nothing could be evaluated, so no step is better or worse
+            return False
         if score <= self.best_score:
             self.evaluations_since_best += 1
             return False

@@ -109,7 +109,9 @@ class Captions:
 
     def sample(self, count: int) -> list[str]:
         """So many captions, or fewer, from rows that are evenly spread."""
-        return [self.choices(row)[0] for row in range(0, len(self._texts), max(1, len(self._texts) // count))]
+        rows = len(self._texts)
+        some = range(rows) if rows <= count else (at * rows // count for at in range(count))
+        return [self.choices(row)[0] for row in some]
 
     def at(self, rows: Sequence[int] | NDArray[np.int64], positions: NDArray[np.int64]) -> list[str]:
         """The captions of these rows when they are visited at these sample numbers."""

@@ -106,7 +106,7 @@ def _find_file(path: Path) -> Path:
                 f"{path} is only partly packed ({path.name}.partial). Run the same clipjob pack again to finish it."
             ) from None
         raise DataError(
-            f"There is no LMDB {path}. Check --lmdb or --val-lmdb; in a container, check that its folder is mounted."
+            f"There is no LMDB {path}. Check --lmdb, --val-lmdb, --guard-lmdb; in a container, check that its folder is mounted."
         ) from None
     except IsADirectoryError:
         raise DataError(f"{file} is a folder, and an LMDB's data file is needed. Check the path.") from None

@@ -156,6 +156,12 @@ def encode_captions(
         return _assembled(features or [_no_features(clip)], here, count=len(texts), world=world)[0]
 
 
+def feature_width(clip: ClipModel) -> int:
+    """D of the model's features."""
+    with evaluating(clip, autocast=None):
+        return _no_features(clip).shape[1]
+
+
 def _no_features(clip: ClipModel) -> Tensor:
     """(0, D): of a rank that has nothing to encode, because there are more ranks than images."""
     return encode_texts(clip.module, [torch.ones(1, 1, dtype=torch.int64, device=clip.shift.device)])[:0]

@@ -58,13 +58,11 @@ def _block(block: Any, x_TW: Tensor, shapes: Shapes, causal: bool) -> Tensor:
 def _last_block(block: Any, x_TW: Tensor, shapes: Shapes, *, at_N: Tensor, causal: bool) -> Tensor:
     attn = block.attn
     width = x_TW.shape[1]
-    starts = torch.cat([torch.arange(rows, device=at_N.device) * length for rows, length in shapes])
-    before = [0]
-    for tokens in _tokens(shapes)[:-1]:
-        before.append(before[-1] + tokens)
-    counts = torch.tensor([rows for rows, _ in shapes])
-    offsets = torch.tensor(before).repeat_interleave(counts).to(at_N.device)
-    index_N = offsets + starts + at_N
+    starts, before = [], 0
+    for rows, length in shapes:
+        starts.append(torch.arange(before, before + rows * length, length, device=at_N.device))
+        before += rows * length
+    index_N = torch.cat(starts) + at_N
     h_TW = block.ln_1(x_TW)
     biases = (None, None) if attn.in_proj_bias is None else attn.in_proj_bias.split([width, 2 * width])
     weight_q, weight_kv = attn.in_proj_weight.split([width, 2 * width])

@@ -96,14 +96,17 @@ def load_base(folder: Path, *, weights: Path | None = None) -> ClipModel:
 
 
 def prepare_towers(module: Any, *, lock_image: bool, lock_text: bool, grad_checkpointing: bool) -> None:
-    """Sets a model up for training. A locked tower keeps its weights and computes as in evaluation, without dropout."""
+    """Sets a model up for training. A locked tower keeps all its weights and computes as in evaluation, without dropout."""
     module.train()
     if lock_image:
         module.lock_image_tower()
         module.visual.eval()
+        module.visual.requires_grad_(False)  # open_clip leaves heads of some towers free
     if lock_text:
         module.lock_text_tower()
         (module.text if hasattr(module, "text") else module.transformer).eval()
+        if hasattr(module, "text"):
+            module.text.requires_grad_(False)
     if grad_checkpointing:
         module.set_grad_checkpointing(True)
 

@@ -20,7 +20,7 @@ BYTES_OF_OPTIMIZER = 8
 
 
 def fitting_micro_batch(clip: ClipModel, groups: Sequence[Tensor], *, rows: int, autocast: torch.dtype | None) -> int:
-    """The value of --micro-batch for this GPU: 0, when all pairs of a step fit at once.
+    """The value of --micro-batch for this GPU, at most rows; 0 (all) where there is no GPU.
 
     Trials start with all of them and halve. Uses up no state that training reads: weights are only read, gradients removed.
 
@@ -33,8 +33,9 @@ def fitting_micro_batch(clip: ClipModel, groups: Sequence[Tensor], *, rows: int,
     if clip.shift.device.type != "cuda":
         return 0
     found = largest_that_fits(rows, lambda count: try_step(clip, groups, rows=rows, at_most=count, autocast=autocast))
+    torch.cuda.reset_peak_memory_stats()  # the peak that /metrics shows is that of training
     log.info("micro-batch", extra={"pairs": found, "of": rows})
-    return 0 if found == rows else found
+    return found
 
 
 def largest_that_fits(rows: int, trial: Callable[[int], None]) -> int:

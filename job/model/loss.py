@@ -137,26 +137,29 @@ def contrastive_loss(
 class Overlap:
     """Soft targets: weight times the Jaccard index of two pairs' tags, over the sum of a pair's indices with all pairs.
 
-    All ranks must make one. Args: tags_bK: of this rank's pairs. chunks: of its rows.
+    On a GPU the host waits for the distinct tags of each chunk. All ranks must make one.
+
+    Args: tags_bK: of this rank's pairs. chunks: of its rows.
     """
 
     def __init__(
         self, tags_bK: Tensor, valid_N: Tensor, chunks: Sequence[slice], *, weight: float, dtype: torch.dtype, world: World
     ) -> None:
-        tags_NK = world.gather(tags_bK)
-        known, column = tags_NK.unique(return_inverse=True)
-        has_NU = torch.zeros(len(tags_NK), len(known), dtype=dtype, device=tags_NK.device).scatter_(1, column, 1.0)
-        has_NU[:, known == 0] = 0.0
-        self._has_NU, self._count_N = has_NU, has_NU.sum(dim=1)
+        self._tags_NK = world.gather(tags_bK)
+        self._count_N = (self._tags_NK != 0).sum(dim=1).to(dtype)
         self._valid_N, self._weight = valid_N, weight
         self._own = world.rank * len(tags_bK)
         own_sums = torch.cat([self._indices(chunk).sum(dim=1) for chunk in chunks])
         self._sum_N = world.gather(own_sums).clamp_(min=1e-9)  # 0: of a pair that is not valid
 
     def _indices(self, chunk: slice) -> Tensor:
-        """(rows, N) Jaccard indices of own pairs with all; a pair without tags shares them with itself."""
+        """(rows, N) Jaccard indices of own pairs with all; a pair without tags shares them with itself. U: tags of these rows."""
         rows = slice(self._own + chunk.start, self._own + chunk.stop)
-        shared = self._has_NU[rows] @ self._has_NU.T
+        tags_U = self._tags_NK[rows].unique()
+        at_NK = torch.searchsorted(tags_U, self._tags_NK).clamp_(max=len(tags_U) - 1)
+        hit_NK = (tags_U[at_NK] == self._tags_NK) & (self._tags_NK != 0)
+        has_NU = self._count_N.new_zeros(len(at_NK), len(tags_U)).scatter_add_(1, at_NK, hit_NK.to(self._count_N.dtype))
+        shared = has_NU[rows] @ has_NU.T
         indices = shared / (self._count_N[rows, None] + self._count_N - shared).clamp_(min=1.0)
         indices.diagonal(rows.start).masked_fill_(self._count_N[rows] == 0, 1.0)
         return indices.masked_fill_(~self._valid_N, 0.0)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-_BLOCK = re.compile(r"\.(?:resblocks|blocks)\.(\d+)\.")
+from job.errors import ConfigError
+
+_BLOCK = re.compile(r"(.*\.(?:resblocks|blocks|layers?)\.\d+)\.")
 _EMBEDDINGS = re.compile(r"(conv1|ln_pre|embedding|patch_embed|cls_token|pos_embed)")
 
 
@@ -21,7 +23,7 @@ def make_optimizer(
 
     Args: layer_decay: see layer_scales; a group's "lr_scale" is what its learning rate is multiplied by.
     """
-    scales = layer_scales([name for name, _ in model.named_parameters()], layer_decay)
+    scales = layer_scales([name for name, parameter in model.named_parameters() if parameter.requires_grad], layer_decay)
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -33,24 +35,27 @@ def make_optimizer(
 
 
 def layer_scales(names: Sequence[str], decay: float) -> dict[str, float]:
-    """What the learning rate of each parameter is multiplied by.
+    """What the learning rate of each parameter is multiplied by. Args: names: of what learns.
 
-    1 above the blocks of a tower, `decay` in its last block, decay² in the one below, and so on down to its embeddings. A tower
-    without blocks has 1 throughout. Source: BEiT, arXiv:2106.08254, appendix.
+    1 above the blocks of a tower, `decay` in its last block, decay² in the one below, and so on down to its embeddings.
+    Source: BEiT, arXiv:2106.08254, appendix.
+
+    Raises: ConfigError, when a tower is no stack of blocks.
     """
-    depths: dict[bool, int] = {}
-    for name in names:
-        if match := _BLOCK.search(name):
-            image = name.startswith("visual.")
-            depths[image] = max(depths.get(image, 0), int(match[1]) + 1)
-
-    def layers_above(name: str) -> int:
-        depth = depths.get(name.startswith("visual."), 0)
-        if match := _BLOCK.search(name):
-            return depth - int(match[1])
-        return depth + 1 if depth and _EMBEDDINGS.search(name) else 0
-
-    return {name: decay ** layers_above(name) for name in names}
+    if decay == 1:
+        return dict.fromkeys(names, 1.0)
+    scales = {}
+    for tower in (True, False):
+        mine = [name for name in names if name.startswith("visual.") == tower]
+        blocks = list(dict.fromkeys(match[1] for name in mine if (match := _BLOCK.match(name))))
+        has_weights = any("." in name for name in mine)
+        if has_weights and (not blocks or any(".stages." in name for name in mine)):
+            raise ConfigError(f"--layer-decay needs towers of equal blocks, and the {'image' if tower else 'text'} tower is none.")
+        for name in mine:
+            match = _BLOCK.match(name)
+            above = len(blocks) - blocks.index(match[1]) if match else len(blocks) + 1 if _EMBEDDINGS.search(name) else 0
+            scales[name] = decay**above
+    return scales
 
 
 def warmup_steps(asked: int, steps: int) -> int:

@@ -41,6 +41,7 @@ class StepSettings:
     """dtype of the towers' arithmetic; None: float32."""
     loss: str = "clip"
     soft_targets: float = 0.0
+    """These two: see contrastive_loss."""
     micro_batch: int = 0
     """Pairs that go through the towers at a time; 0: all of this rank's."""
 

@@ -44,7 +44,9 @@ class Board:
         self._add({**values, "speed/samples_per_second": samples_per_second}, step=row["step"])
 
     def evaluated(self, scores: Mapping[str, float], *, step: int) -> None:
-        self._add({f"held_out/{name}": value for name, value in scores.items()}, step=step)
+        guard = {name for name in scores if name.startswith("guard_")}
+        named = {f"guard/{name.removeprefix('guard_')}" if name in guard else f"held_out/{name}": scores[name] for name in scores}
+        self._add(named, step=step)
 
     def close(self) -> None:
         self._guarded(lambda: self._writer.close())

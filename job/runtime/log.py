@@ -28,8 +28,8 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "event": record.getMessage(),
         }
-        line |= _context
-        line |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        given = _context | {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        line = given | line  # no field takes the place of these three
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)

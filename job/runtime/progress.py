@@ -90,7 +90,7 @@ class Progress:
         self._waited = 0.0
         self._seconds_by_state, self._remedy = seconds_by_state, remedy
         self._seconds = dict(seconds_by_state())
-        self._advised = ""
+        self._advised = self._filled = False
         self._bar: Any = None
         if live and sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=done, dynamic_ncols=True, file=sys.stderr, smoothing=0.1, bar_format=LIVE_LINE)
@@ -127,14 +127,16 @@ class Progress:
                     "epoch": round(row["step"] / self._steps_per_epoch, 3),
                     "samples_per_second": round(self._samples / elapsed, 2),
                     "data_wait_ratio": round(self._waited / elapsed, 4),
-                    "time": {state: share for state, share in spent.items() if share > 0},
+                    "time_spent": {state: share for state, share in spent.items() if share > 0},
                     "eta_seconds": round((self._steps - row["step"]) * elapsed / max(1, row["step"] - self._last_step)),
                 },
             )
-        if self._waited / elapsed > DATA_LIMITS and elapsed > LONG_ENOUGH_SECONDS and (remedy := self._remedy()) != self._advised:
-            self._advised = remedy
-            share = round(self._waited / elapsed, 3)
-            log.warning("%.0f %% of the time went into waiting for data. %s", 100 * share, remedy, extra={"data_wait_ratio": share})
+        share = self._waited / elapsed
+        long_enough = self._filled and elapsed > LONG_ENOUGH_SECONDS  # the first interval fills the pipeline
+        if share > DATA_LIMITS and long_enough and not self._advised and (remedy := self._remedy()):
+            self._advised = True
+            log.warning("%.0f %% of the time went into waiting for data. %s", 100 * share, remedy)
+        self._filled = True
         self._last_time, self._last_step, self._samples, self._waited = time.monotonic(), row["step"], 0, 0.0
 
     def evaluating(self, done: int, total: int) -> None:
@@ -144,14 +146,16 @@ class Progress:
 
     def evaluated(self, step: int, metrics: dict[str, float], *, best: bool) -> None:
         """Held-out metrics of a step."""
-        if not metrics:
+        if "mean_recall" not in metrics:
             log.warning("no held-out image could be decoded, so nothing was evaluated", extra={"step": step})
             return
         both_ways = f"{metrics['image_retrieval_recall@5']:.3f}/{metrics['text_retrieval_recall@5']:.3f}"
         self._recall = f", recall@5 {both_ways}"
+        guard = [metrics.get(f"guard_{way}_retrieval_recall@5") for way in ("image", "text")]
+        kept = "" if None in guard else f", guard {guard[0]:.3f}/{guard[1]:.3f}"
         if self._bar is not None:
             note = ", the best so far" if best else ""
-            log.info("step %d: held-out recall@5 %s (text -> image / image -> text)%s", step, both_ways, note)
+            log.info("step %d: held-out recall@5 %s (text -> image / image -> text)%s%s", step, both_ways, kept, note)
         else:
             log.info("evaluated", extra={"step": step, **metrics, "best": best})
 
