@@ -4,6 +4,7 @@ features as they are, image to text only. Prints the seconds of every step as JS
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import time
 from pathlib import Path
@@ -44,15 +45,23 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=5e-6)
+    parser.add_argument("--seed", type=int, help="of the order [default: another one each time]")
+    parser.add_argument("--pretrained", type=Path, metavar="FOLDER", help="model and weights for open_clip, instead of --model")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the trained weights here")
     args = parser.parse_args()
-    model, _, preprocess = open_clip.create_model_and_transforms(args.model, device=args.device)
-    pairs = Pairs(args.csv, args.lmdb, preprocess, open_clip.get_tokenizer(args.model))
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    name = f"local-dir:{args.pretrained}" if args.pretrained else args.model
+    model, _, preprocess = open_clip.create_model_and_transforms(name, device=args.device)
+    pairs = Pairs(args.csv, args.lmdb, preprocess, open_clip.get_tokenizer(name))
     loader = DataLoader(pairs, batch_size=args.batch, shuffle=True, drop_last=True)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-6, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2)
     autocast = torch.autocast(args.device, torch.bfloat16) if args.precision == "bf16" else contextlib.nullcontext()
     model.train()
     seconds, began = [], time.monotonic()
-    for images, tokens in loader:
+    for images, tokens in itertools.chain.from_iterable(loader for _ in range(args.epochs)):
         optimizer.zero_grad()
         with autocast:
             image_features = model.encode_image(images.to(args.device))
@@ -64,6 +73,8 @@ def main() -> None:
         loss.item()  # the post prints it
         seconds.append(time.monotonic() - began)
         began = time.monotonic()
+    if args.save:
+        torch.save(model.state_dict(), args.save)
     print(json.dumps({"seconds": seconds}))
 
 
