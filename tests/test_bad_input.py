@@ -250,7 +250,7 @@ def test_bad_csv(case: Case, world: World, capsys: pytest.CaptureFixture[str], m
 
 
 @table_of(
-    Case("missing", 65, "none.lmdb", "Check --lmdb or --val-lmdb", lambda w: w.resume(lmdb=w.folder / "none.lmdb")),
+    Case("missing", 65, "none.lmdb", "Check --lmdb, --val-lmdb, --guard-lmdb", lambda w: w.resume(lmdb=w.folder / "none.lmdb")),
     Case("no data.mdb", 65, "holds no data.mdb", "Check the path", lambda w: w.resume(lmdb=w.made("images"))),
     Case("another file", 65, "is no LMDB", "clipjob pack", lambda w: w.resume(lmdb=w.sound / "data.csv")),
     Case("tail cut off", 65, "cut short", "Copy it again", lambda w: w.cut_lmdb(20_000)),
