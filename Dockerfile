@@ -3,6 +3,7 @@
 #   BASE_IMAGE      a Debian with Python 3.11, python3-venv and CA certificates; pin its digest for a release
 #   LOCK            run.txt (CUDA 13, driver 580 or newer) or run-cu126.txt (CUDA 12.6: older drivers and GPUs)
 #   EXTRAS          more locks, with spaces between: gcsfs, adlfs, tensorboard
+#   PACKAGES        more of Debian's packages: "gcc libc6-dev" for --compile
 #   VERSION, REVISION   of the source, for the image's labels
 #
 # Behind a proxy with a certificate of its own:  docker build --secret id=ca_bundle,src=ca.pem …
@@ -29,7 +30,12 @@ RUN /opt/venv/bin/pip install --disable-pip-version-check --no-index --no-deps -
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS runtime
-RUN install -d -o 10001 -g 0 -m 0775 /runs
+ARG PACKAGES=""
+# hadolint ignore=DL3008,DL3009,SC2086
+RUN install -d -o 10001 -g 0 -m 0775 /runs \
+    && if [ -n "$PACKAGES" ]; then \
+        apt-get update && apt-get install -y --no-install-recommends $PACKAGES && rm -rf /var/lib/apt/lists/*; \
+    fi
 COPY --from=deps /opt/venv /opt/venv
 COPY --from=app /app/opt/venv /opt/venv
 

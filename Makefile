@@ -51,6 +51,7 @@ bench: $(VENV)/dev  ## All benchmarks, tables to benchmarks/results
 	$(BIN)/python -m benchmarks.memory --out benchmarks/results/memory.md
 	$(BIN)/python -m benchmarks.demo --out benchmarks/results/demo.md
 	$(BIN)/python -m benchmarks.quality --out benchmarks/results/quality.md
+	$(BIN)/python -m benchmarks.methods --out benchmarks/results/methods.md
 
 docs: $(VENV)/run  ## Write what is computed: configuration, scaling, dashboard, k8s/job.yaml
 	$(BIN)/python docs/configuration.py > docs/configuration.md

@@ -6,11 +6,12 @@ One name everywhere: ``--max-steps`` = ``CLIPJOB_MAX_STEPS`` = ``max_steps`` in 
 import dataclasses
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from job.errors import ConfigError
-from job.fields import AUTO, Interval, check_value, flag, option, parse
+from job.fields import AUTO, Interval, check_value, flag, option, parse, stands_for_auto
 
 RECALLS = tuple(f"{asked}_retrieval_recall@{k}" for asked in ("image", "text") for k in (1, 5, 10))
 
@@ -90,6 +91,12 @@ class Config:
         may_change=True,
         auto=-1,
     )
+    compile: str = option(
+        "off",
+        "on: norms and activations of the towers' blocks are compiled. auto: if a step on this GPU is faster so.",
+        choices=("off", "on", AUTO),
+        may_change=True,
+    )
     loss: str = option("clip", "clip: softmax over the global batch. siglip: a sigmoid for each pair.", choices=("clip", "siglip"))
     soft_targets: float = option(
         0.0,
@@ -97,11 +104,13 @@ class Config:
         at_least=0,
         at_most=0.9,
     )
-    lr: float = option(1e-5, "Peak learning rate.", above=0)
-    weight_decay: float = option(0.1, "AdamW's decay of matrices (never of biases, norms and logit_scale).", at_least=0)
-    layer_decay: float = option(
-        1.0, "Learning rate of each block over that of the block above it; 1: the same for all.", above=0, at_most=1
+    lr: float = option(
+        1e-5,
+        "Peak learning rate. auto: for weights that have learnt, measured on the training data before the first step; else 5e-4.",
+        above=0,
+        auto=-1,
     )
+    weight_decay: float = option(0.1, "AdamW's decay of matrices (never of biases, norms and logit_scale).", at_least=0)
     beta1: float = option(0.9, "AdamW's beta1.", at_least=0, at_most=0.9999)
     beta2: float = option(0.98, "AdamW's beta2.", at_least=0, at_most=0.999999)
     eps: float = option(1e-6, "AdamW's epsilon.", above=0)
@@ -121,7 +130,9 @@ class Config:
         Interval("epochs", 1), "Interval of held-out evaluation, in steps or epochs; 0: only first and last."
     )
     best_metric: str = option(
-        "mean_recall", "Held-out metric by which the best checkpoint is chosen.", choices=("mean_recall", *RECALLS)
+        "mean_recall",
+        "Held-out metric that chooses the best checkpoint: the highest, or the last within its noise.",
+        choices=("mean_recall", *RECALLS),
     )
     patience: int = option(
         0, "Evaluations in a row that are not the best so far, after which the run is complete; 0: all its steps.", at_least=0
@@ -137,6 +148,12 @@ class Config:
     nproc_per_node: int = option(1, "Processes to start on this node, one per GPU.", at_least=1, may_change=True)
     nnodes: int = option(1, "Nodes that run this command, with MASTER_ADDR and NODE_RANK set.", at_least=1, may_change=True)
     threads: int = option(0, "Threads that decode images; 0: one per core, 16 at most.", at_least=0, may_change=True)
+    jpeg_decoder: str = option(
+        "cpu",
+        "What decodes training images: cpu, gpu (JPEGs), or auto: the faster one.",
+        choices=("cpu", "gpu", AUTO),
+        may_change=True,
+    )
     torch_threads: int = option(0, "Threads of torch on the CPU; 0: one per core. The bits of a run depend on it.", at_least=0)
     metrics_port: int = option(
         9465, "Port of /metrics and /healthz; taken: a free one. 0: none.", at_least=0, at_most=65535, may_change=True
@@ -206,6 +223,19 @@ def parse_value(name: str, value: Any, *, origin: str) -> Any:
     Raises: ConfigError, naming origin (such as "CLIPJOB_LR" or "job.toml: lr"), what was expected and what was found.
     """
     return parse(FIELDS[name], _TYPES[name], value, origin=origin)
+
+
+def starts_random(settings: Mapping[str, Any]) -> bool:
+    """Whether a run with these settings starts from random weights: no tag or file is given, no run, and the model is a name or a
+    config, not a folder or a model of the hub."""
+    model = str(settings.get("model", ""))
+    is_place = model.startswith(("hf-hub:", "local-dir:")) or ("/" in model and not model.endswith(".json"))
+    return not (settings.get("pretrained") or settings.get("init_from") or is_place)
+
+
+def is_auto(name: str, value: Any) -> bool:
+    """Whether a field's value is the number that stands for auto."""
+    return name in FIELDS and stands_for_auto(FIELDS[name], value)
 
 
 def type_name(name: str) -> str:

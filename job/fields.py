@@ -80,9 +80,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def stands_for_auto(spec: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a field's value is the number that the word auto becomes."""
+    return bool(value == spec.metadata["auto"] is not None)
+
+
 def default_text(spec: dataclasses.Field[Any]) -> str:
     """The default of a field as documentation shows it; empty for an empty text and false."""
-    if spec.metadata["auto"] is not None and spec.default == spec.metadata["auto"]:
+    if stands_for_auto(spec, spec.default):
         return AUTO
     return "" if spec.default in ("", False) else str(spec.default)
 
@@ -90,7 +95,7 @@ def default_text(spec: dataclasses.Field[Any]) -> str:
 def check_value(spec: dataclasses.Field[Any], value: Any) -> None:
     """Raises: ConfigError, when the value breaks a rule of its field."""
     rule = spec.metadata
-    if rule["auto"] is not None and value == rule["auto"]:
+    if stands_for_auto(spec, value):
         return
     if rule["choices"] and value not in rule["choices"]:
         raise ConfigError(f"{flag(spec.name)} must be one of {', '.join(rule['choices'])}; found {value!r}.")

@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from job.config import FIELDS, Config, parse_value
+from job.config import FIELDS, Config, is_auto, parse_value
 from job.errors import ConfigError, ResumeError
 from job.fields import AUTO, Interval, flag
 
 ENVIRONMENT_PREFIX = "CLIPJOB_"
 _CREDENTIALS = re.compile(r"://[^/]*@|[?&](X-Amz-)?(Signature|Credential|Security-Token|sig)=", re.IGNORECASE)
+
+_RETIRED = (("layer_decay", 1.0),)
+"""Settings of older versions, each with the value that did what is done now; a run that has another can't go on."""
 
 
 def _nearest(name: str, *, prefix: str = "") -> str:
@@ -112,8 +115,9 @@ def resolve(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, *
         ConfigError: a bad value, or a required one missing.
         ResumeError: given contradicts stored in fields that may not change; every one is named with both values.
     """
+    kept = {name: value for name, value in (stored or {}).items() if (name, value) not in _RETIRED}
     try:
-        before = from_mapping(stored or {}, origin="config.json")
+        before = from_mapping(kept, origin="config.json")
     except ConfigError as error:
         raise ResumeError(f"{error} {_OTHER_HAND}") from None
     if stored is not None:  # settings that an older version did not know were as they are by default
@@ -130,7 +134,12 @@ def resolve(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None, *
             "the run's own, or choose another --run (with --init-from to start from this one's weights). "
             f"A restart may change: {free}."
         )
-    adopted = {name: value for name, value in given.items() if name not in before or FIELDS[name].metadata["may_change"]}
+    found = {name for name, value in given.items() if value == AUTO and FIELDS[name].metadata["choices"]}  # by an earlier attempt
+    adopted = {
+        name: value
+        for name, value in given.items()
+        if name not in before or (FIELDS[name].metadata["may_change"] and name not in found)
+    }
     config = Config(**{**before, **adopted})
     missing = [flag(name) for name in ("run", "csv", "lmdb")[0 if require_run else 1 :] if not getattr(config, name)]
     if missing:
@@ -155,8 +164,10 @@ _OTHER_HAND = (
 
 def _agrees(name: str, given: Any, stored: Any) -> bool:
     """Whether a value means what is stored: `auto` agrees with what it was resolved to, and a file may have moved."""
-    if given == stored or given in (AUTO, Interval(AUTO)) or given == FIELDS[name].metadata["auto"]:
+    if given == stored or given in (AUTO, Interval(AUTO)):
         return True
+    if is_auto(name, given):
+        return name != "lr"  # whose auto would be measured, and is not what another rate stands for
     if name == "torch_threads":
         return bool(given == 0)
     if name in ("image_column", "caption_column"):  # found whatever the case, stored as the CSV spells it
@@ -168,6 +179,6 @@ def _agrees(name: str, given: Any, stored: Any) -> bool:
 
 def shown(name: str, value: Any) -> str:
     """A setting's value as messages show it."""
-    if value == FIELDS[name].metadata["auto"] is not None:
+    if is_auto(name, value):
         return AUTO
     return repr(value) if isinstance(value, str) else str(value)

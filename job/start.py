@@ -3,7 +3,6 @@
 import itertools
 import logging
 from collections.abc import Callable, Generator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from job.checkpoint.publish import Team
 from job.checkpoint.state import TrainState
 from job.checkpoint.store import RunStore
 from job.checkpoint.writer import CheckpointWriter
-from job.config import Config
+from job.config import Config, starts_random
 from job.data.batches import Batch, DecodeTally, Samples, load_batches
 from job.data.captions import Captions, Texts
 from job.data.dataset import Dataset
@@ -23,9 +22,9 @@ from job.errors import ConfigError, DataError, ResumeError
 from job.evaluate.encode import HeldOut, group_pairs
 from job.evaluate.retrieval import evaluate_retrieval
 from job.evaluate.select import fetch_export
+from job.fitted import gpu_jpegs
 from job.locked import LockedFeatures
 from job.model.build import ClipModel, build_base, prepare_towers, write_base
-from job.model.fit import fitting_micro_batch
 from job.model.optimizer import make_optimizer
 from job.model.step import StepSettings
 from job.model.text import lengths_of
@@ -72,7 +71,7 @@ def _find_base(config: Config, store: RunStore, scratch: Path, staging: Staging)
             f"The run {files.shown(store.uri)} has checkpoints but no complete base/, without which they can't be loaded. "
             "Restore it (a bucket with versions keeps it), or start a new run at another --run."
         )
-    if not config.pretrained and not config.init_from and not config.model.endswith(".json"):
+    if starts_random(config.to_json()) and not config.model.endswith(".json"):
         log.warning(
             "training starts from random weights; fine-tuning wants --pretrained, such as openai or laion2b_s34b_b79k",
             extra={"model": config.model},
@@ -109,20 +108,6 @@ def build_model(config: Config, base: Path) -> ClipModel:
     return clip
 
 
-def with_micro_batch(config: Config, attempt: Attempt, clip: ClipModel, captions: Captions) -> Config:
-    """The config with --micro-batch as a number: auto is what fits this node's GPU, in the opinion of rank 0."""
-    if config.micro_batch >= 0:
-        return config
-    world = attempt.world
-
-    def find() -> int:
-        rows = world.largest_part(config.global_batch_size)
-        groups = captions.tokens(captions.sample(rows)).groups
-        return fitting_micro_batch(clip.to(attempt.device), groups, rows=rows, autocast=autocast_dtype(config.precision))
-
-    return replace(config, micro_batch=world.share("micro-batch", find))
-
-
 def _check_loss(config: Config, clip: ClipModel) -> None:
     """Raises: ConfigError, when the model was not made for the loss."""
     has_bias = getattr(clip.module, "logit_bias", None) is not None
@@ -139,11 +124,10 @@ def new_state(config: Config, clip: ClipModel) -> TrainState:
     """The state at step 0; the weights are clip's."""
     optimizer = make_optimizer(
         clip.module,
-        lr=config.lr,
+        lr=0.0,  # each step sets it
         weight_decay=config.weight_decay,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        layer_decay=config.layer_decay,
     )
     scaler = torch.amp.GradScaler(clip.shift.device.type) if config.precision == "fp16" else None
     return TrainState(clip.module, optimizer, scaler)
@@ -181,6 +165,7 @@ def training_batches(
         known_images=known.images,
         known_captions=known.captions,
         tally=tally,
+        gpu_jpegs=gpu_jpegs(config, attempt.device),
         pin_memory=clip.shift.device.type == "cuda",
         stopping=lambda: attempt.stop.requested and world.size == 1,  # several ranks stop at a step that they agree on
     )

@@ -89,13 +89,14 @@ class Telemetry:
         self._batch_size = config.global_batch_size
         ranks = attempt.world.ranks
         threads, cores = decode_threads(config.threads, ranks=ranks), cores_of_rank(ranks)
+        gpu = "none" if attempt.device.type != "cuda" else "decodes" if config.jpeg_decoder == "gpu" else "idle"
         self._progress = Progress(
             steps=steps,
             done=state.step,
             every=config.log_every,
             steps_per_epoch=steps_per_epoch,
             seconds_by_state=lambda: attempt.ledger.seconds,
-            remedy=lambda: tally.remedy(threads=threads, cores=cores, view=view),
+            remedy=lambda: tally.remedy(threads=threads, cores=cores, view=view, gpu=gpu),
             live=attempt.world.is_first,
         )
         self.evaluating = self._progress.evaluating

@@ -3,11 +3,12 @@
 1. ranks       this process and its peers, if there are several; all that follows is what each of them does
 2. node        device, precision, threads: what can't work here ends the job before anything is written
 3. data        remote LMDBs are staged beside; meanwhile CSVs are read and the model is built from the run's own base folder,
-               which a new run makes here; then what fits the GPU is tried, and the LMDB is opened and checked, its rows
-               divided into training and held-out
+               which a new run makes here; then the LMDB is opened and checked, its rows divided into training and held-out, and
+               what suits this node is tried
 4. run         a restart is compared with the run's config and data, then the attempt is claimed
 5. state       the newest checkpoint that verifies, or step 0; what locked towers make of the data
-6. steps       at the top of the loop stands a finished step: evaluate it, save it, leave, or take the next one
+6. steps       at the top of the loop stands a finished step: evaluate it, save it, leave, or take the next one; before the first
+               one, --lr auto finds its learning rate
 7. result      exports and the report, then result.json, which makes the run complete
 """
 
@@ -34,6 +35,7 @@ from job.data.dataset import Dataset
 from job.data.order import steps_in
 from job.errors import StorageError, exit_code_of
 from job.finish import finish_run
+from job.fitted import fitted
 from job.inputs import Beside, open_dataset, read_tables, stage_lmdbs, staging_area
 from job.locked import locked_features
 from job.model.build import WEIGHTS_FILE, ClipModel
@@ -41,6 +43,7 @@ from job.model.optimizer import lr_at, warmup_steps
 from job.model.step import train_step
 from job.model.towers import make_towers
 from job.model.weights import load_weights
+from job.range_test import check_range_test, find_lr
 from job.result import diverged, too_many_bad_samples
 from job.runtime.device import choose_device, choose_precision, cores_of_rank, device_failure
 from job.runtime.history import History
@@ -62,7 +65,6 @@ from job.start import (
     new_state,
     step_settings,
     training_batches,
-    with_micro_batch,
 )
 from job.storage.probe import check_storage
 from job.telemetry import Telemetry, make_metrics, start_metrics
@@ -131,9 +133,10 @@ def run_attempt(config: Config, attempt: Attempt) -> Outcome:
         captions.tokenise_until(lambda: lmdbs.done or stop.requested)
         with attempt.ledger.within("staging"):
             paths = lmdbs.result()
-    config = with_micro_batch(config, attempt, clip, captions)
     watchdog.beat("opening the data")
     dataset = open_dataset(config, tables, paths)
+    check_range_test(config, row_count=len(dataset.train_rows))
+    config = fitted(config, attempt, dataset, captions, clip)
     stop.check("opening the data")
     claim_run(config, attempt, dataset)
     facts = {"device": str(attempt.device), "precision": config.precision, "ranks": world.size}
@@ -192,8 +195,8 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
         writer = checkpoint_writer(config, attempt, on_saved=telemetry.saved)
         writer.last_step = state.step if restored else -1
         closing.callback(writer.close)
-        made = training_batches(config, attempt, dataset, captions, clip, known=known, tally=tally, start=state.step, steps=steps)
-        batches = closing.enter_context(contextlib.closing(made))
+        make_batches = partial(training_batches, config, attempt, dataset, captions, clip, known=known, tally=tally)
+        batches = closing.enter_context(contextlib.closing(make_batches(start=state.step, steps=steps)))
         history = History(telemetry.row)
         if world.is_first:
             far = lambda: {"step": state.step, "steps": steps, "row": history.last_row, "ledger": ledger.to_json()}  # noqa: E731
@@ -224,7 +227,7 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
                 scores = evaluate(telemetry.evaluating) if evaluate and must_evaluate else None
             best = False
             if scores is not None:
-                best = state.take_metrics(scores, chosen=config.best_metric)
+                best = state.take_metrics(scores, chosen=config.best_metric, last_of=len(dataset.held_out_rows) if last else 0)
                 history.add_evaluation(state.step, scores)
                 telemetry.evaluated(state.step, scores, best=best)
                 history.restart_clock()
@@ -249,6 +252,11 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
                 writer.wait(waiting=attempt.watchdog.beat)
                 break
 
+            if state.step == 0 and config.lr < 0:
+                if not find_lr(config, attempt, state, clip, make_batches, towers=towers, steps=steps):
+                    continue  # a signal came
+                history.restart_clock()
+            peak = state.range_test.get("lr", config.lr)
             world.at_step(state.step)
             always_with(step=state.step)
             attempt.watchdog.beat("training")
@@ -264,7 +272,7 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
                 seconds = round(process_age_seconds(), 3)
                 metrics.start_training(seconds)
                 log.info("training", extra={"step": state.step, "startup_seconds": seconds})
-            lr = lr_at(state.step, peak=config.lr, warmup=warmup, steps=steps)
+            lr = lr_at(state.step, peak=peak, warmup=warmup, steps=steps)
             report = train_step(state, batch, towers=towers, lr=lr, settings=settings, world=world)
             history.add(report, data_wait_seconds=data_wait)
             for key, reason in batch.bad:
@@ -281,7 +289,7 @@ def run_steps(config: Config, attempt: Attempt, *, dataset: Dataset, clip: ClipM
                 writer.wait()
                 if world.is_first:
                     store.write_history(history.to_bytes())
-                raise diverged(state.nonfinite_in_a_row, step=state.step, lr=config.lr, precision=config.precision)
+                raise diverged(state.nonfinite_in_a_row, step=state.step, lr=peak, precision=config.precision)
 
     def finish() -> bool:
         return finish_run(config, attempt, state, dataset=dataset, captions=captions, clip=clip, base=base)

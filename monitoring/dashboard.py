@@ -23,6 +23,7 @@ PANELS: dict[str, list[tuple[str, str, str, dict[str, str]]]] = {
             "probability of the right caption": f"clipjob_right_caption_probability_ratio{SELECTOR}",
         }),
         ("Held-out recall", "timeseries", "percentunit", {"{{direction}} @{{k}}": f"clipjob_eval_recall_ratio{SELECTOR}"}),
+        ("Recall on the guard", "timeseries", "percentunit", {"{{direction}} @{{k}}": f"clipjob_guard_recall_ratio{SELECTOR}"}),
         ("Learning rate", "timeseries", "sci", {"lr": f"clipjob_learning_rate{SELECTOR}"}),
         ("Gradient norm, logit scale", "timeseries", "none", {
             "gradient norm": f"clipjob_gradient_norm{SELECTOR}", "logit scale": f"clipjob_logit_scale{SELECTOR}",

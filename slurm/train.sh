@@ -111,15 +111,18 @@ while kill -0 "$step" 2>/dev/null; do wait "$step"; done # the trap ends wait ea
 wait "$step"                                             # bash keeps the status of a child that has ended
 code=$?
 
+# From the requeue on Slurm sends TERM to every process of the job; these two have to finish. An ignored signal is inherited.
+scontrol_unharmed() { (trap '' TERM && exec scontrol "$@"); }
+
 requeue() {
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
         say "$1. It was requeued ${SLURM_RESTART_COUNT:-0} times, and MAX_REQUEUES is $MAX_REQUEUES"
     elif [ "$(squeue --noheader --format=%T --jobs "$job" 2>/dev/null)" != RUNNING ]; then
         say "$1. Slurm is ending this job, so it is left to Slurm"
         exit "$code"
-    elif scontrol requeue "$job"; then
+    elif scontrol_unharmed requeue "$job"; then
         say "$1. Requeued"
-        [ -z "${2:-}" ] || scontrol update "JobId=$job" "ExcNodeList=$2" || say "node $2 could not be excluded"
+        [ -z "${2:-}" ] || scontrol_unharmed update "JobId=$job" "ExcNodeList=$2" || say "node $2 could not be excluded"
         exec sleep 600 # leaving first would race with the requeue
     fi
     give_up

@@ -162,8 +162,16 @@ def clean_environment() -> dict[str, str]:
 def train_command(run: Path | str, **settings: Any) -> list[str]:
     """`train` of the demo's small model on its images. Args: settings: by Config's names; None leaves one out."""
     chosen: dict[str, Any] = {**demo_settings(), "run": str(run), "device": "cpu", "log_every": 1, "metrics_port": 0, **settings}
-    flags = (("--" + name.replace("_", "-"), str(value)) for name, value in chosen.items() if value is not None)
-    return ["train", *(word for flag in flags for word in flag)]
+    return train_words(chosen)
+
+
+def train_words(settings: Mapping[str, Any]) -> list[str]:
+    """`train` with these settings, by Config's names; None leaves one out, True is a flag alone."""
+    words = ["train"]
+    for name, value in settings.items():
+        if value is not None:
+            words += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+    return words
 
 
 def finish(command: Sequence[str], **arguments: Any) -> Job:

@@ -113,13 +113,23 @@ def test_auto_is_a_word_for_a_number_until_the_job_knows_better() -> None:
     with pytest.raises(ResumeError, match="--warmup was auto, now 50"):
         resolve({**NEEDED, "warmup": 50}, kept)
     assert resolve({**NEEDED, "micro_batch": -1}, kept | {"micro_batch": 32}).micro_batch == -1  # tried anew
+    for name, choice in (("compile", "on"), ("jpeg_decoder", "gpu")):
+        assert getattr(resolve({**NEEDED, name: "auto"}, kept | {name: choice}), name) == choice, "a restart would be another run"
+        assert getattr(resolve({**NEEDED, name: "auto"}), name) == "auto"
 
 
 def test_what_an_older_version_did_not_know_was_as_it_is_by_default() -> None:
-    kept = {name: value for name, value in Config(**NEEDED).to_json().items() if name not in ("layer_decay", "patience")}
+    kept = {name: value for name, value in Config(**NEEDED).to_json().items() if name not in ("soft_targets", "patience")}
     assert resolve(NEEDED, kept) == Config(**NEEDED)
-    with pytest.raises(ResumeError, match=r"--layer-decay was 1\.0, now 0\.7"):
-        resolve({**NEEDED, "layer_decay": 0.7}, kept)
+    with pytest.raises(ResumeError, match=r"--soft-targets was 0\.0, now 0\.2"):
+        resolve({**NEEDED, "soft_targets": 0.2}, kept)
+
+
+def test_a_setting_that_is_no_more_may_have_had_no_effect() -> None:
+    kept = Config(**NEEDED).to_json()
+    assert resolve(NEEDED, {**kept, "layer_decay": 1.0}) == Config(**NEEDED)
+    with pytest.raises(ResumeError, match="'layer_decay' is not a setting"):
+        resolve(NEEDED, {**kept, "layer_decay": 0.7})
 
 
 @given(st.sampled_from(["seconds", "steps", "epochs"]), st.integers(1, 10**9))

@@ -26,6 +26,7 @@ from system import (
 
 from job.checkpoint.store import RunStore
 from job.data.order import batches_from
+from job.demo import settings as demo_settings
 from job.runtime.ranks import Ranks
 from job.runtime.world import World
 
@@ -124,6 +125,26 @@ def test_equally_many_ranks_go_on_bit_for_bit(folder: Path, alone: dict[str, Any
         assert job.end() == 128 + signal.SIGKILL
     finish(command(run, 3, folder))
     assert_identical(run, expected)
+
+
+@pytest.mark.timeout(900)
+def test_a_locked_tower_and_a_guard_are_those_of_one_process(folder: Path) -> None:
+    guard = folder / "guard.csv"
+    guard.write_text("".join(Path(demo_settings()["csv"]).read_text(encoding="utf-8").splitlines(keepends=True)[:51]))
+    settings = {"lock_image": True, "crop_scale": 1, "guard_csv": guard, "guard_lmdb": demo_settings()["lmdb"], "epochs": 2}
+    settings |= {"max_steps": None, "global_batch_size": 360}
+    found = {}
+    for ranks in (1, 3):
+        job = finish(command(folder / f"locked-{ranks}", ranks, folder, **settings))
+        assert job.seen("features of the locked image tower")
+        found[ranks] = outcome(folder / f"locked-{ranks}")
+    history, other = (found[ranks]["history"] for ranks in (3, 1))
+    steps = [name for name in other if name.startswith("step ")]
+    assert len(steps) > 10
+    assert [history[step]["loss"] for step in steps] == pytest.approx([other[step]["loss"] for step in steps], abs=TOLERANCE)
+    before, after = (found[3]["facts"][when] for when in ("before", "after"))
+    assert before == pytest.approx(found[1]["facts"]["before"], abs=1e-5)
+    assert {name for name in after if name.startswith("guard_")}
 
 
 @pytest.mark.timeout(900)

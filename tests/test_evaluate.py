@@ -143,6 +143,17 @@ def test_the_best_scale_is_that_of_the_least_nll() -> None:
     optimizer.step(loss)
     assert calibration.SCALES[0] < scale < calibration.SCALES[1]
     assert scale == pytest.approx(float(fitted.exp().detach()), rel=2e-3)
+    assert not calibration_at(image, text, pairs, logit_scale=scale).warning()
+
+
+def test_a_scale_at_an_end_of_the_search_is_warned_of() -> None:
+    image, pairs = torch.eye(8), torch.tensor([(n, n) for n in range(8)])
+    wrong = calibration_at(image, -image, pairs, logit_scale=best_scale(image, -image, pairs))
+    assert "lies at an end of the range searched, 1 to 1000" in wrong.warning()
+    assert "too few, or too hard" in wrong.warning()
+    near = torch.nn.functional.normalize(torch.eye(8) + 10, dim=-1)  # told apart by little: the NLL falls up to any scale
+    right = calibration_at(near, near, pairs, logit_scale=best_scale(near, near, pairs))
+    assert "too few, or too easy" in right.warning()
 
 
 def test_class_features_are_means_over_templates(tmp_path: Path) -> None:

@@ -3,15 +3,21 @@
 import copy
 import itertools
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import tiny
 import torch
 from test_model import tokens_of
 
+from job import fitted
+from job.config import Config
+from job.data.captions import Captions
+from job.model.build import ClipModel
 from job.model.fit import fitting_micro_batch, largest_that_fits, try_step
 from job.model.towers import Towers
+from job.runtime.world import ALONE
 
 
 @pytest.mark.parametrize(("rows", "room", "found"), [(100, 100, 100), (100, 99, 50), (100, 13, 13), (100, 12, 7), (7, 1, 1)])
@@ -70,6 +76,22 @@ def test_memory_that_runs_out_within_a_trial_leaves_no_gradients(tmp_path: Path,
     found = largest_that_fits(16, lambda count: try_step(clip, groups, rows=16, at_most=count, autocast=None))
     assert found == 4
     assert all(parameter.grad is None for parameter in clip.module.parameters())
+
+
+def test_what_is_tried_is_on_the_device_with_all_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip, found = tiny.make_clip(tmp_path), []
+
+    def trial(clip: ClipModel, groups: Any, *, rows: int, autocast: Any) -> int:
+        found.append({tensor.device.type for tensor in (clip.shift, clip.scale, *clip.module.parameters())})
+        return rows // 2
+
+    monkeypatch.setattr(fitted, "fitting_micro_batch", trial)
+    told = SimpleNamespace(beat=lambda _doing: None, check=lambda _doing: None)
+    attempt: Any = SimpleNamespace(device=torch.device("meta"), watchdog=told, stop=told, world=ALONE)
+    captions = Captions(["a", "b"], clip.tokenizer, lengths_of=None, mode="whole", tag_separator=", ", template="{}", seed=0)
+    config = fitted.fitted(Config(precision="fp32", global_batch_size=6), attempt, cast(Any, None), captions, clip)
+    assert (config.micro_batch, config.compile, config.jpeg_decoder) == (3, "off", "cpu")
+    assert found == [{"meta"}]
 
 
 def test_a_cpu_takes_all_at_once(tmp_path: Path) -> None:

@@ -152,7 +152,9 @@ def end(run: Path, look: Any) -> bool:
         (run / "export" / name / "files.json").write_text('{"format": 1, "files": {}}', encoding="utf-8")
     store = RunStore(str(run))
     store.claim({})
-    state: Any = SimpleNamespace(step=40, best_step=40, before={}, after={}, best={}, seconds=1.0, nonfinite_steps=0, bad_samples=0)
+    state: Any = SimpleNamespace(
+        step=40, best_step=40, before={}, after={}, best={}, range_test={}, seconds=1.0, nonfinite_steps=0, bad_samples=0
+    )
     store.fetch_file = lambda *_: run / "weights"  # type: ignore[method-assign]
     return export_run(store, state, base=run, scratch=run, global_batch_size=8, look=look, stopping=lambda: False)
 

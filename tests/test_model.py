@@ -15,13 +15,12 @@ from open_clip.loss import ClipLoss
 from job.checkpoint.state import TrainState
 from job.data.batches import Batch
 from job.data.captions import Captions
-from job.errors import ConfigError
 from job.model import image
 from job.model.build import ClipModel, prepare_towers
 from job.model.flops import peak_flops, training_flops
-from job.model.loss import LossGradients, contrastive_loss
-from job.model.optimizer import layer_scales, lr_at, make_optimizer, warmup_steps
-from job.model.step import StepReport, StepSettings, _update, take_row, train_step
+from job.model.loss import LossGradients, contrastive_loss, losses_at
+from job.model.optimizer import lr_at, make_optimizer, warmup_steps
+from job.model.step import StepReport, StepSettings, _update, batch_loss, take_row, train_step
 from job.model.text import encode_texts, lengths_of
 from job.model.towers import make_towers
 from job.runtime.world import ALONE
@@ -159,6 +158,34 @@ def test_scores_count_equal_captions_as_right() -> None:
     assert 0.9 < probability < 1.0
 
 
+@pytest.mark.parametrize("chunk", [1 << 24, 20])
+def test_losses_at_several_scales_are_those_of_the_loss(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("job.model.loss.CHUNK_ELEMENTS", chunk)
+    torch.manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(9, 5), dim=-1) for _ in range(2))
+    valid = torch.arange(9) < 7
+    scales = [1.0, 14.0, 100.0]
+    found = losses_at(image, text, valid_b=valid, logit_scales=scales)
+    expected = [
+        contrastive_loss(image, text, valid_b=valid, text_id_b=torch.arange(9), logit_scale=torch.tensor(scale)).figures[0].item()
+        for scale in scales
+    ]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert all(map(math.isnan, losses_at(image, text, valid_b=torch.arange(9) < 1, logit_scales=scales)))
+
+
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_the_loss_of_a_batch_is_that_of_the_step_that_learns_from_it(tmp_path: Path, micro_batch: int) -> None:
+    clip = tiny.make_clip(tmp_path)
+    batch = batch_of(clip)
+    settings = StepSettings(global_batch_size=8, grad_clip=1.0, seed=0, micro_batch=micro_batch)  # two images are missing
+    towers = make_towers(clip, world=ALONE)
+    scale = clip.module.logit_scale.exp().item()
+    [found] = batch_loss(clip.module, batch, towers=towers, settings=settings, world=ALONE, logit_scales=[scale])
+    report = train_step(state_of(clip), batch, towers=towers, lr=1e-3, settings=settings, world=ALONE)
+    assert found == pytest.approx(report.read()["loss"], rel=1e-5)
+
+
 def step_of(state: TrainState, batch: Batch, clip: ClipModel, *, lr: float, seed: int = 0) -> StepReport:
     settings = StepSettings(global_batch_size=len(batch.images) + len(batch.bad), grad_clip=1.0, seed=seed)
     return train_step(state, batch, towers=make_towers(clip, world=ALONE), lr=lr, settings=settings, world=ALONE)
@@ -285,35 +312,6 @@ def test_one_dimensional_parameters_do_not_decay(tmp_path: Path) -> None:
     groups = make_optimizer(clip.module, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6).param_groups
     for group in groups:
         assert {parameter.ndim >= 2 for parameter in group["params"]} == {group["weight_decay"] > 0}
-
-
-def test_each_block_learns_at_a_share_of_the_rate_of_the_one_above(tmp_path: Path) -> None:
-    clip = tiny.make_clip(tmp_path)
-    optimizer = make_optimizer(clip.module, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, layer_decay=0.5)
-    names = {parameter: name for name, parameter in clip.module.named_parameters()}
-    scale = {names[parameter]: group["lr_scale"] for group in optimizer.param_groups for parameter in group["params"]}
-    assert scale.keys() == set(names.values())
-    for tower in ("", "visual."):
-        assert scale[f"{tower}transformer.resblocks.1.mlp.c_fc.weight"] == 0.5
-        assert scale[f"{tower}transformer.resblocks.0.ln_1.bias"] == 0.25
-        assert scale[f"{tower}positional_embedding"] == 0.125
-    assert scale["visual.conv1.weight"] == scale["visual.ln_pre.weight"] == scale["token_embedding.weight"] == 0.125
-    assert {
-        scale[name] for name in ("visual.proj", "text_projection", "ln_final.weight", "visual.ln_post.bias", "logit_scale")
-    } == {1.0}
-    state = TrainState(clip.module, optimizer, None)
-    step_of(state, batch_of(clip), clip, lr=1e-3)
-    assert {group["lr"] for group in optimizer.param_groups} == {1e-3, 5e-4, 2.5e-4, 1.25e-4}
-
-
-def test_towers_of_hugging_face_are_stacks_of_blocks_too_and_stages_are_not() -> None:
-    text = [f"text.transformer.encoder.layer.{number}.output.weight" for number in range(2)]
-    names = ["text.transformer.embeddings.word_embeddings.weight", *text, "text.proj.0.weight", "logit_scale"]
-    assert layer_scales(names, 0.5) == dict(zip(names, (0.125, 0.25, 0.5, 1.0, 1.0), strict=True))
-    stages = [f"visual.trunk.stages.{number}.blocks.0.conv.weight" for number in range(2)]
-    assert layer_scales([*names, *stages], 1.0) == dict.fromkeys([*names, *stages], 1.0)
-    with pytest.raises(ConfigError, match="the image tower is none"):
-        layer_scales([*names, *stages], 0.5)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:

@@ -20,6 +20,7 @@ from browser import CHROMIUM
 from dashboard_picture import write_picture
 from system import Job, removed_afterwards, train_command
 
+from job.demo import settings as demo_settings
 from job.runtime.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
@@ -138,6 +139,13 @@ def until(condition: Callable[[], Any], what: str) -> Any:
     return found
 
 
+def guard(path: Path) -> Path:
+    """The first 50 pairs of the demo. Returns: the path."""
+    lines = Path(demo_settings()["csv"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[:51]), encoding="utf-8")
+    return path
+
+
 @needs_prometheus
 @pytest.mark.system
 def test_prometheus_follows_a_run_through_a_kill(folder: Path) -> None:
@@ -145,6 +153,7 @@ def test_prometheus_follows_a_run_through_a_kill(folder: Path) -> None:
 
     port = free_port()
     settings = {"global_batch_size": 16, "val_fraction": 0.02, "evaluate_every": 100, "checkpoint_every": 20, "torch_threads": 1}
+    settings |= {"guard_csv": guard(folder / "guard.csv"), "guard_lmdb": demo_settings()["lmdb"]}
     command = train_command(
         folder / "run", scratch=folder / "scratch", max_steps=100000, metrics_port=port, metrics_host="127.0.0.1", **settings
     )

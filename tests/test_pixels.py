@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.images import write_photos
 from job.data.order import uniforms
-from job.data.pixels import CROP_NUMBERS, BadImage, View, crop_box, decode, random_crop_view, whole_view
+from job.data.pixels import CROP_NUMBERS, BadImage, View, _resize, crop_box, decode, random_crop_view, whole_view
 
 RED, WHITE = (220, 20, 30), (255, 255, 255)
 
@@ -38,6 +39,17 @@ def test_jpeg_decodes_as_pillow_does() -> None:
     data = encoded(photo(), "JPEG", quality=90)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert np.abs(decode(data).permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2
+
+
+def test_ppm_is_the_pixels_themselves() -> None:
+    image = photo(31, 17)
+    data = encoded(image, "PPM")
+    expected = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    assert torch.equal(decode(data), expected)
+    assert torch.equal(decode(bytearray(data)), expected)
+    with_comment = data.replace(b"P6\n", b"P6\n# by hand\n", 1)
+    assert torch.equal(decode(with_comment), expected)
+    assert torch.equal(decode(data + b"\n"), expected)
 
 
 def test_cmyk_jpeg_has_its_colours() -> None:
@@ -114,10 +126,12 @@ def _bomb() -> bytes:
         (b"\xff\xd8\xff\xe0", "without a frame header"),
         (encoded(photo(), "JPEG")[:2000], "decode_jpeg|truncated"),
         (encoded(photo(), "PNG")[:2000], "truncated"),
+        (encoded(photo(), "PPM")[:2000], "cut off: 2681. bytes are missing"),
+        (b"P6\n99999999 99999999\n255\n", "99999999 x 99999999"),
         (_bomb(), "65535 x 65535"),
         (b"\xff\xd8" + b"\xff" * 5000, "without a frame header"),
     ],
-    ids=["empty", "html", "no frame", "cut jpeg", "cut png", "bomb", "fill bytes"],
+    ids=["empty", "html", "no frame", "cut jpeg", "cut png", "cut ppm", "ppm bomb", "bomb", "fill bytes"],
 )
 def test_what_is_no_image_says_why(data: bytes, reason: str) -> None:
     with pytest.raises(BadImage, match=reason):
@@ -135,6 +149,37 @@ def test_evaluation_sees_what_open_clip_would_show_the_model(width: int, height:
     ours = whole_view(decode(encoded(image, "PNG")), View(64, 64, "bicubic", resize_mode, 0)).float()
     assert (ours - theirs).abs().mean() < 0.6
     assert (ours - theirs).abs().max() <= 6
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """JPEGs of 500 x 375 pixels with texture at every scale, as in the benchmarks."""
+    folder = tmp_path_factory.mktemp("photographs") / "made"
+    write_photos(folder, count=6, seed=0)
+    return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+
+@pytest.mark.parametrize("size", [(224, 224), (224, 298), (288, 384)])
+def test_the_resize_is_pillows_to_two_levels(photographs: list[bytes], size: tuple[int, int]) -> None:
+    for data in photographs:
+        image = decode(data)
+        pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
+        expected = np.array(pixels.resize(size[::-1], Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        assert np.quantile(np.abs(_resize(image, *size, "bicubic").numpy().astype(int) - expected), 0.999) <= 2
+
+
+def test_features_of_photographs_are_those_of_open_clips_preprocessing(photographs: list[bytes]) -> None:
+    torch.manual_seed(0)
+    model, _, preprocess = open_clip.create_model_and_transforms("ViT-B-32")
+    model.eval()
+    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (model.visual.image_mean, model.visual.image_std))
+    views = torch.stack([whole_view(decode(data), View(224, 224, "bicubic", "shortest")) for data in photographs])
+    with torch.no_grad():
+        ours = model.encode_image((views / 255 - shift) / scale, normalize=True)
+        theirs = torch.stack([preprocess(Image.open(io.BytesIO(data)).convert("RGB")) for data in photographs])
+        expected = model.encode_image(theirs, normalize=True)
+    assert (ours * expected).sum(dim=1).min() >= 0.9999
+    assert (expected @ expected.T).min() < 0.9, "the model tells them apart"
 
 
 def test_crops_follow_the_distribution_of_random_resized_crop() -> None:

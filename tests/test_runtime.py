@@ -222,6 +222,29 @@ def test_only_better_metrics_become_the_best(tmp_path: Path) -> None:
     assert (state.best_step, state.best) == (9, {"mean_recall": 0.26})
 
 
+@pytest.mark.parametrize(
+    ("of_base", "of_best", "score", "held_out", "last_is_best"),
+    [
+        (0.1, 0.25, 0.24, 64, True),
+        (0.1, 0.25, 0.25 - 0.053, 64, True),
+        (0.1, 0.25, 0.25 - 0.055, 64, False),
+        (0.1, 0.25, 0.24, 10_000, False),
+        (0.1, 0.25, 0.3, 10_000, True),
+        (0.245, 0.25, 0.24, 64, False),
+        (0.25, 0.25, 0.25, 64, False),
+        (0.9, 1.0, 1.0, 64, True),
+    ],
+    ids=["alike", "just", "lower", "lower, of many", "higher", "lower than the base", "no better than the base", "all right"],
+)
+def test_the_last_step_is_the_best_where_held_out_pairs_cannot_tell(
+    tmp_path: Path, of_base: float, of_best: float, score: float, held_out: int, last_is_best: bool
+) -> None:
+    state = trained_state(tmp_path)
+    state.before, state.best_score, state.step = {"mean_recall": of_base}, of_best, 8
+    assert state.take_metrics({"mean_recall": score}, last_of=held_out) is last_is_best
+    assert state.best_step == (8 if last_is_best else 7)
+
+
 def test_the_log_says_where_an_interval_went_and_once_what_helps(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

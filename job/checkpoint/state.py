@@ -1,6 +1,7 @@
 """What survives a restart, in one place."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,23 +47,32 @@ class TrainState:
     best_score: float = float("-inf")
     evaluations_since_best: int = 0
     """In a row, up to now."""
+    range_test: dict[str, Any] = field(default_factory=dict)
+    """With --lr auto, "lr" and, where it was measured, the curve: see job/range_test.py. The config keeps its auto."""
     seconds: float = 0.0
     """Time spent in all attempts up to this state, start-up included."""
 
-    def take_metrics(self, metrics: dict[str, float], *, chosen: str = "mean_recall") -> bool:
-        """Keeps the held-out metrics of this step. Returns: whether the chosen one is the best so far."""
+    def take_metrics(self, metrics: dict[str, float], *, chosen: str = "mean_recall", last_of: int = 0) -> bool:
+        """Keeps the held-out metrics of this step. Returns: whether it is the best so far by the chosen one.
+
+        Args: last_of: at the last step, how many pairs are held out. It is the best, too, where they can't tell it from the best by
+        one standard error of a share, for its learning rate has come down. But the base is not given up for what scores lower.
+        """
         self.evaluated_step, self.after = self.step, metrics
         if self.step == 0:
             self.before = metrics
         score = metrics.get(chosen)
         if score is None:  # nothing could be evaluated, so no step is better or worse
             return False
-        if score <= self.best_score:
+        if score <= self.best_score and not (last_of and self._is_alike(score, self.before.get(chosen, -math.inf), last_of)):
             self.evaluations_since_best += 1
             return False
         self.evaluations_since_best = 0
         self.best_step, self.best_score, self.best = self.step, score, metrics
         return True
+
+    def _is_alike(self, score: float, of_base: float, pairs: int) -> bool:
+        return score > of_base and score >= self.best_score - math.sqrt(self.best_score * (1 - self.best_score) / pairs)
 
     def tensors(self, *, rank: int = 0, ranks: int = 1) -> dict[str, dict[str, Tensor]]:
         """File name -> tensors, on the device, not copied. Optimiser tensors are named `exp_avg:visual.proj` and the like.
@@ -99,6 +109,7 @@ class TrainState:
             "best_step",
             "best",
             "evaluations_since_best",
+            "range_test",
             "seconds",
         )
         facts = {name: getattr(self, name) for name in names}

@@ -18,6 +18,14 @@ from job.runtime.stop import StopSignal
     "--resize", type=click.IntRange(0), default=0, metavar="PIXELS", help="Re-encode larger images to this short side, such as 256."
 )
 @click.option("--quality", type=click.IntRange(1, 100), default=85, show_default=True, help="JPEG quality of re-encoded images.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["jpeg", "ppm"]),
+    default="jpeg",
+    show_default=True,
+    help="jpeg: what is not larger is stored as it is. ppm: all as plain pixels, eight times the bytes, faster to load.",
+)
 @click.option("--threads", type=click.IntRange(0), default=0, help="Threads that read and re-encode. [default: one per core]")
 @click.option(
     "--max-bad-samples",

@@ -123,7 +123,8 @@ def _make(
         "calibration": [found.to_json() for found in calibrations],
     }
     (folder / "alpha.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    return f"alpha = {alpha:g}. {why}"
+    warning = f"\n{calibrations[1].warning()}" if calibrations else ""
+    return f"alpha = {alpha:g}. {why}{warning}".rstrip()
 
 
 def _open(chosen: "Chosen", staging: "Staging", *, needed: bool, given: dict[str, Any]) -> "dict[str, Pairs]":

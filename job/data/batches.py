@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from job.data.captions import Captions, Known, TokenGroups
+from job.data.gpu_jpeg import GpuJpegs
 from job.data.order import uniforms
 from job.data.pixels import CROP_NUMBERS, BadImage, View, decode, random_crop_view, whole_view
 
@@ -92,19 +93,25 @@ class DecodeTally:
             self._pixels += pixels
             self._seconds += seconds
 
-    def remedy(self, *, threads: int, cores: int, view: View) -> str:
-        """What makes a pipeline faster that its device waits for, as a sentence. Args: threads, cores: of this rank."""
+    def remedy(self, *, threads: int, cores: int, view: View, gpu: str = "none") -> str:
+        """What makes a pipeline faster that its device waits for, as a sentence.
+
+        Args: threads, cores: of this rank. gpu: none, idle (it could decode), or decodes.
+        """
         if not self._images:
             return ""
         cost = f"An image takes {1000 * self._seconds / self._images:.1f} ms of a thread"
-        if threads < cores:
+        if threads < cores and gpu != "decodes":
             return f"{cost}, and {threads} of {cores} cores decode: start again with --threads {cores}."
         if self._pixels / self._images > ROOMY * view.height * view.width:
             shortest = round(max(view.height, view.width) * 8 / 7)
             side = math.sqrt(self._pixels / self._images)
             remedy = f"pack the files anew with `clipjob pack --resize {shortest}`"
             return f"{cost}, for it has about {side:.0f} x {side:.0f} pixels: {remedy}."
-        return f"{cost}, and all {cores} cores decode: more cores for each GPU are what helps."
+        if gpu == "decodes":
+            return ""
+        instead = ", or, for JPEGs, --jpeg-decoder gpu" if gpu == "idle" else ""
+        return f"{cost}, and all {cores} cores decode: more cores for each GPU are what helps{instead}."
 
 
 def load_batches(
@@ -120,6 +127,7 @@ def load_batches(
     known_images: Known | None = None,
     known_captions: Known | None = None,
     tally: DecodeTally | None = None,
+    gpu_jpegs: GpuJpegs | None = None,
     pin_memory: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Generator[Batch]:
@@ -129,6 +137,7 @@ def load_batches(
         crop_scale: smallest share of an image that a random crop keeps; 1: the evaluation view instead.
         known_images, known_captions: features of locked towers, by key and by caption; with them nothing is decoded or tokenised.
         tally: counts what decoding costs.
+        gpu_jpegs: decodes the JPEGs that it can.
         stopping: asked twice a second while a batch is not ready; true ends the batches.
     """
 
@@ -155,6 +164,7 @@ def load_batches(
         finish=finish,
         augment=augment,
         tally=tally,
+        gpu_jpegs=gpu_jpegs,
         pin_memory=pin_memory,
         stopping=stopping,
     )
@@ -192,6 +202,7 @@ def load_images(
     augment: tuple[Callable[[Tensor, NDArray[np.float64]], Tensor], Callable[[NDArray[np.int64]], NDArray[np.float64]]]
     | None = None,
     tally: DecodeTally | None = None,
+    gpu_jpegs: GpuJpegs | None = None,
     pin_memory: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Generator[T]:
@@ -201,16 +212,18 @@ def load_images(
         finish: called on a decode thread, once for each batch.
         augment: (image, numbers) -> view, and positions -> numbers (B, k); None: the evaluation view.
     """
+    chunk = gpu_jpegs.chunk if gpu_jpegs else CHUNK
 
-    def load(key: str, numbers: NDArray[np.float64] | None, slot: Tensor) -> tuple[str, int]:
-        """Fills the slot. Returns: why it could not, and the pixels of the image."""
-        data = images.get(key)
-        if data is None:
-            return "it is not in the LMDB", 0
-        try:
-            image = decode(data)
-        except BadImage as error:
-            return str(error), 0
+    def load(key: str, numbers: NDArray[np.float64] | None, slot: Tensor, image: Tensor | None = None) -> tuple[str, int]:
+        """Fills the slot. Args: image: decoded already. Returns: why it could not, and the pixels of the image."""
+        if image is None:
+            data = images.get(key)
+            if data is None:
+                return "it is not in the LMDB", 0
+            try:
+                image = decode(data)
+            except BadImage as error:
+                return str(error), 0
         slot.copy_(whole_view(image, view) if augment is None or numbers is None else augment[0](image, numbers))
         return "", image.shape[1] * image.shape[2]
 
@@ -220,15 +233,23 @@ def load_images(
         slots = torch.empty((len(names), view.height, view.width, 3), dtype=torch.uint8, pin_memory=pin_memory).permute(0, 3, 1, 2)
         numbers = augment[1](asked.positions) if augment else None
 
+        def fill(at: int, image: Tensor | None = None) -> tuple[str, int]:
+            return load(names[at], None if numbers is None else numbers[at], slots[at], image)
+
         def load_chunk(start: int) -> list[str]:
             began = time.monotonic()
-            places = range(start, min(start + CHUNK, len(names)))
-            done = [load(names[at], None if numbers is None else numbers[at], slots[at]) for at in places]
+            places = range(start, min(start + chunk, len(names)))
+            done: dict[int, tuple[str, int]] = {}
+            if gpu_jpegs:
+                encoded = {at: data for at in places if (data := images.get(names[at])) is not None}
+                done = gpu_jpegs.each(encoded, fill)
+            done |= {at: fill(at) for at in places if at not in done}
             if tally:
-                tally.add(images=len(done), pixels=sum(pixels for _, pixels in done), seconds=time.monotonic() - began)
-            return [reason for reason, _ in done]
+                pixels = sum(pixels for _, pixels in done.values())
+                tally.add(images=len(done), pixels=pixels, seconds=time.monotonic() - began)
+            return [done[at][0] for at in places]
 
-        chunks = [pool.submit(load_chunk, start) for start in range(0, len(names), CHUNK)]
+        chunks = [pool.submit(load_chunk, start) for start in range(0, len(names), chunk)]
 
         def collect() -> T:
             reasons = [reason for chunk in chunks for reason in chunk.result()]

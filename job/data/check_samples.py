@@ -27,6 +27,7 @@ _FORMATS = (
     (b"\x89PNG", "png"),
     (b"GIF8", "gif"),
     (b"BM", "bmp"),
+    (b"P6", "ppm"),
     (b"II*\0", "tiff"),
     (b"MM\0*", "tiff"),
 )

@@ -46,6 +46,7 @@ def pack(
     folder: Path | None = None,
     resize: int = 0,
     quality: int = 85,
+    form: str = "jpeg",
     threads: int = 0,
     csv_output: Path | None = None,
     max_bad_samples: float = 0.01,
@@ -62,7 +63,8 @@ def pack(
     Args:
         source: a folder, searched recursively for image files, or a CSV.
         folder: where the keys of a CSV begin; default: the folder of the CSV.
-        resize: images with a longer short side are shrunk to it and stored as JPEG; 0: every file is stored as it is.
+        resize: images with a longer short side are shrunk to it; 0: none is.
+        form: jpeg: what is not shrunk is stored as it is. ppm: all are stored as pixels, many times larger and faster to load.
         csv_output: a CSV to write, path|tags: captions from text files beside the images, else from folder names.
         max_bad_samples: share of unreadable images above which nothing is finished.
         stopping: asked after every commit.
@@ -81,6 +83,7 @@ def pack(
         "folder": str(folder and folder.absolute()),
         "resize": resize,
         "quality": quality,
+        "format": form,
         "keys_sha256": hashlib.sha256("\n".join(keys).encode()).hexdigest(),
     }
     partial = output.with_name(output.name + ".partial")
@@ -94,7 +97,7 @@ def pack(
             added, bad, source_bytes = fill(
                 partial,
                 keys,
-                lambda key: (files[key].stat().st_size, encode_image(files[key], resize=resize, quality=quality)),
+                lambda key: (files[key].stat().st_size, encode_image(files[key], resize=resize, quality=quality, form=form)),
                 threads=threads or min(16, os.cpu_count() or 1),
                 max_bad_samples=max_bad_samples,
                 stopping=stopping,
@@ -154,7 +157,7 @@ def _finished(output: Path, job: dict[str, Any]) -> PackResult:
         before = json.loads((output / "pack.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ConfigError(f"{output} exists, and clipjob pack did not make it. Remove it, or choose another output.") from None
-    if different := [name for name, value in job.items() if before.get(name) != value]:
+    if different := _different(job, before):
         raise ConfigError(f"{output} exists, packed with another {_words(different)}. Remove it, or choose another output.")
     bad = tuple((key, why) for key, why in before["left_out"])
     file = output / "data.mdb"
@@ -178,7 +181,7 @@ def _claimed(partial: Path, job: dict[str, Any], *, csv_output: Path | None) -> 
         if file.exists():
             before = json.loads(file.read_text(encoding="utf-8"))
             # The listing may differ: files may come and go between two attempts.
-            if different := [name for name, value in job.items() if name != "keys_sha256" and before.get(name) != value]:
+            if different := [name for name in _different(job, before) if name != "keys_sha256"]:
                 raise ConfigError(
                     f"{partial} is an unfinished pack with another {_words(different)}. Repeat its own command to finish it, "
                     "or remove it."
@@ -199,6 +202,11 @@ def _write_csv(path: Path, files: dict[str, Path], *, left_out: BadImages) -> No
 def _write_text(path: Path, text: str) -> None:
     """All of the text or nothing, on the disk when this returns."""
     disk.place(path, lambda temporary: disk.write(temporary, text.encode()))
+
+
+def _different(job: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """What differs from a stored job; one without a format is of a version that had jpeg alone."""
+    return [name for name, value in job.items() if ({"format": "jpeg"} | before).get(name) != value]
 
 
 def _words(names: list[str]) -> str:

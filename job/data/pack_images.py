@@ -20,11 +20,14 @@ BAD_IMAGE_ERRORS = (
 """What Pillow raises on damaged files, some of it by accident."""
 
 
-def encode_image(file: Path, *, resize: int, quality: int) -> bytes:
-    """The bytes to store: the file's own if its short side is at most resize (or resize is 0), else a smaller JPEG of it.
+def encode_image(file: Path, *, resize: int, quality: int, form: str = "jpeg") -> bytes:
+    """The bytes to store.
 
-    The JPEG is upright by EXIF, in RGB, transparent parts over white; the first frame of an animation.
+    An image whose short side is larger than resize (0: none is) is shrunk to it. As jpeg, what is shrunk is encoded anew and all
+    else stays the file's own bytes; as ppm, which is plain pixels, every image is encoded. What is encoded is upright by EXIF, in
+    RGB, transparent parts over white; the first frame of an animation.
 
+    Args: form: jpeg or ppm. quality: of a JPEG, 1 to 100.
     Raises: one of BAD_IMAGE_ERRORS, for a file that can't be read or decoded to its end.
     """
     data = file.read_bytes()
@@ -37,13 +40,15 @@ def encode_image(file: Path, *, resize: int, quality: int) -> bytes:
             scale = 2 * resize / min(image.size)
             image.draft("RGB", (round(image.width * scale), round(image.height * scale)))
         image.load()
-        if not shrinks:
+        if not shrinks and form == "jpeg":
             return data
         upright = _in_rgb(ImageOps.exif_transpose(image))
-        scale = resize / min(upright.size)
-        size = max(resize, round(upright.width * scale)), max(resize, round(upright.height * scale))
+        if shrinks:
+            scale = resize / min(upright.size)
+            size = max(resize, round(upright.width * scale)), max(resize, round(upright.height * scale))
+            upright = upright.resize(size, Image.Resampling.BICUBIC)
         out = io.BytesIO()
-        upright.resize(size, Image.Resampling.BICUBIC).save(out, "JPEG", quality=quality, optimize=True)  # written once, read often
+        upright.save(out, form, quality=quality, optimize=True)  # written once, read often
         return out.getvalue()
 
 

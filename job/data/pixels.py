@@ -5,7 +5,9 @@ Normalisation waits for the device, so a quarter of the bytes of float32 cross t
 
 import io
 import math
+import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +32,7 @@ CROP_TRIES = 10
 CROP_NUMBERS = 2 * CROP_TRIES + 2
 """Random numbers that a crop uses: area and ratio for each try, then top and left."""
 
+_PPM = re.compile(rb"P6\n(\d{1,9}) (\d{1,9})\n255\n")
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 
 
@@ -63,6 +66,8 @@ def decode(data: bytes | bytearray) -> Tensor:
             height, width, at = _jpeg_frame(data)
             _refuse_bomb(height, width)
             return _decode_jpeg(data, has_exif=data.find(b"Exif", 0, at) >= 0)
+        if (header := _PPM.match(data)) and len(data) - header.end() <= 3 * int(header[1]) * int(header[2]):
+            return _decode_ppm(data, at=header.end(), width=int(header[1]), height=int(header[2]))
         return _decode_with_pillow(data)
     except (BadImage, MemoryError):
         raise
@@ -73,9 +78,22 @@ def decode(data: bytes | bytearray) -> Tensor:
 def _decode_jpeg(data: bytes | bytearray, *, has_exif: bool) -> Tensor:
     if torchvision_io is None:
         return _decode_with_pillow(data)
-    raw = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
+    raw = _as_tensor(data)
     decoded: Tensor = torchvision_io.decode_jpeg(raw, mode=torchvision_io.ImageReadMode.RGB, apply_exif_orientation=has_exif)
     return decoded
+
+
+def _decode_ppm(data: bytes | bytearray, *, at: int, width: int, height: int) -> Tensor:
+    """Of what `clipjob pack --format ppm` writes; the pixels begin at `at`."""
+    _refuse_bomb(height, width)
+    if missing := at + 3 * height * width - len(data):
+        raise BadImage(f"it is cut off: {missing} bytes are missing")
+    return _as_tensor(data)[at:].view(height, width, 3).permute(2, 0, 1)
+
+
+def _as_tensor(data: bytes | bytearray) -> Tensor:
+    """uint8 (N,). Nothing is copied from a bytearray."""
+    return torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
 
 
 def _jpeg_frame(data: bytes | bytearray) -> tuple[int, int, int]:
@@ -89,6 +107,28 @@ def _jpeg_frame(data: bytes | bytearray) -> tuple[int, int, int]:
             return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big"), at
         at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     raise BadImage("it is a JPEG without a frame header")
+
+
+def pixels_of_common_jpeg(data: bytes | bytearray) -> int:
+    """How many it says that it has; 0 for what not every decoder takes alike: other than baseline, YCbCr and upright."""
+    if data[:3] != b"\xff\xd8\xff":
+        return 0
+    try:
+        height, width, at = _jpeg_frame(data)
+    except BadImage:
+        return 0
+    baseline, eight_bits, colours = data[at + 1] == 0xC0, data[at + 4] == 8, data[at + 9 : at + 10] == b"\x03"
+    special = any(data.find(mark, 0, at) >= 0 for mark in (b"Exif", b"Adobe"))  # turned; perhaps in other colours
+    return height * width if baseline and eight_bits and colours and not special else 0
+
+
+def decode_common_jpegs(data: Sequence[bytes | bytearray], *, device: torch.device) -> list[Tensor]:
+    """uint8 (3, H, W) each, on the device. Raises: RuntimeError, for all if one of them can't be decoded."""
+    if torchvision_io is None:
+        raise RuntimeError("torchvision has no decoders any more")
+    raw = [_as_tensor(image) for image in data]
+    decoded: list[Tensor] = torchvision_io.decode_jpeg(raw, mode=torchvision_io.ImageReadMode.RGB, device=device)
+    return decoded
 
 
 def _refuse_bomb(height: int, width: int) -> None:
@@ -172,10 +212,18 @@ def _centred(image: Tensor, view: View) -> Tensor:
 def _resize(image: Tensor, height: int, width: int, interpolation: str) -> Tensor:
     if tuple(image.shape[1:]) == (height, width):
         return image
+    if image.device.type == "cuda":
+        return _resized_in_float(image, height, width, interpolation)
     resized: Tensor = torch.nn.functional.interpolate(
         _side_by_side(image), size=(height, width), mode=interpolation, antialias=True
     )
     return resized[0]
+
+
+def _resized_in_float(image: Tensor, height: int, width: int, interpolation: str) -> Tensor:
+    """For devices whose resize knows no uint8. Like that one it is Pillow's to two levels, on photographs."""
+    resized = torch.nn.functional.interpolate(image[None].float(), size=(height, width), mode=interpolation, antialias=True)
+    return resized.round_().clamp_(0, 255).to(torch.uint8, memory_format=torch.channels_last)[0]  # as a batch has it
 
 
 def _side_by_side(image: Tensor) -> Tensor:

@@ -39,6 +39,16 @@ class Calibration:
     """Mean of -log of the probability of all right texts together."""
     bins: list[Bin]
 
+    def warning(self) -> str:
+        """What is wrong with a scale that was looked for; empty if nothing is."""
+        low, high = self.logit_scale <= SCALES[0] * 1.001, self.logit_scale >= SCALES[1] * 0.999
+        if not (low or high):
+            return ""
+        return (
+            f"The best logit_scale lies at an end of the range searched, {SCALES[0]:g} to {SCALES[1]:g}: the validation pairs are "
+            f"too few, or too {'hard' if low else 'easy'} for the model, to calibrate by."
+        )
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from job.config import FIELDS
+from job.config import FIELDS, is_auto
 from job.evaluate.alpha import GUARD_LIMIT, Scored
 from job.evaluate.calibration import Calibration
 from job.evaluate.retrieval import recall_at_5
 from job.evaluate.select import Chosen
-from job.fields import flag
+from job.fields import AUTO, flag
 from job.model.build import CONFIG_FILE, WEIGHTS_FILE
 from job.report.words import METRICS, model_of
 
@@ -65,7 +65,7 @@ def model_card(
             "",
             f"logit_scale was set from {before.logit_scale:.4g} to {after.logit_scale:.4g}: there the right texts of the",
             f"validation images are most probable. Calibration error (ECE) {before.ece:.4f} -> {after.ece:.4f},",
-            f"NLL {before.nll:.4f} -> {after.nll:.4f}.",
+            f"NLL {before.nll:.4f} -> {after.nll:.4f}. {after.warning()}".rstrip(),
             "",
         ]
     lines += ["## How to load it", "", *_loading(chosen, single_file=single_file), ""]
@@ -162,7 +162,10 @@ def _data(chosen: Chosen) -> list[str]:
         f"- images: {data['lmdb']['entries']} in {_name(settings['lmdb'])} ({data['lmdb']['bytes']} bytes)",
         f"- held out: {held_out}",
     ]
-    return [*lines, f"- samples seen: {result['samples_seen']} in {result['step']} steps"] if result else lines
+    if result:
+        lines.append(f"- samples seen: {result['samples_seen']} in {result['step']} steps")
+        lines += [f"- learning rate that auto found: {result['range_test']['lr']:g}"] if result.get("range_test") else []
+    return lines
 
 
 def _recipe(settings: Mapping[str, Any]) -> list[str]:
@@ -173,7 +176,7 @@ def _recipe(settings: Mapping[str, Any]) -> list[str]:
         if spec.metadata["may_change"] or name in _NO_RECIPE or value is None:
             continue
         if str(value) != str(spec.default):
-            lines.append(f"- `{flag(name)} {value}`")
+            lines.append(f"- `{flag(name)} {AUTO if is_auto(name, value) else value}`")
     return lines or ["- all settings at their defaults"]
 
 

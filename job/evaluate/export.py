@@ -115,6 +115,7 @@ def _result(store: RunStore, state: TrainState, *, best: bool, global_batch_size
         "best_step": state.best_step if best else None,
         "export": files.join(store.uri, "export", "best" if best else "final"),
         "samples_per_second": round(global_batch_size / statistics.median(seconds), 3) if seconds else None,
+        "range_test": state.range_test,
         "seconds": round(state.seconds, 3),
         "nonfinite_steps": state.nonfinite_steps,
         "bad_samples": state.bad_samples,

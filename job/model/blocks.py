@@ -7,8 +7,9 @@ the last block computes queries, output and MLP for these rows alone: five sixth
 T: tokens of all sequences, one sequence after the other; W: the width; N: sequences.
 """
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,24 +36,42 @@ def are_plain(blocks: Any) -> bool:
 
 
 def pooled_output(transformer: Any, x_TW: Tensor, shapes: Shapes, *, at_N: Tensor, causal: bool) -> Tensor:
-    """(N, W): what all blocks of a transformer make of one position of each sequence. Args: at_N: int64, that position."""
+    """(N, W): what all blocks of a transformer make of one position of each sequence. Args: at_N: int64, that position.
+
+    Where something is learnt, a transformer that is marked `compiled` (see set_compiled) has what surrounds attention compiled:
+    norms, activations and sums then join the products before them.
+    """
     *before, last = transformer.resblocks
+    learns = torch.is_grad_enabled()
+    around = _compiled() if learns and getattr(transformer, "compiled", False) else _Around(_before_attention, _after_attention)
     for block in before:
-        if transformer.grad_checkpointing and torch.is_grad_enabled():
-            x_TW = checkpoint(_block, block, x_TW, shapes, causal, use_reentrant=False)
+        if transformer.grad_checkpointing and learns:
+            x_TW = checkpoint(_block, block, x_TW, shapes, causal, around, use_reentrant=False)
         else:
-            x_TW = _block(block, x_TW, shapes, causal)
+            x_TW = _block(block, x_TW, shapes, causal, around)
     return _last_block(last, x_TW, shapes, at_N=at_N, causal=causal)
 
 
-def _block(block: Any, x_TW: Tensor, shapes: Shapes, causal: bool) -> Tensor:
-    attn = block.attn
-    qkv_T3W = F.linear(block.ln_1(x_TW), attn.in_proj_weight, attn.in_proj_bias)
+class _Around(NamedTuple):
+    """What a block does before and after attention, each token by itself."""
+
+    before: Callable[[Any, Tensor], Tensor]
+    after: Callable[[Any, Tensor, Tensor], Tensor]
+
+
+@cache
+def _compiled() -> _Around:
+    """One graph each for all blocks of a width: the weights go in, and the number of tokens may differ."""
+    return _Around(torch.compile(_before_attention, dynamic=True), torch.compile(_after_attention, dynamic=True))
+
+
+def _block(block: Any, x_TW: Tensor, shapes: Shapes, causal: bool, around: _Around) -> Tensor:
+    heads = block.attn.num_heads
     mixed = []
-    for part, (rows, length) in zip(qkv_T3W.split(_tokens(shapes)), shapes, strict=True):
-        q, k, v = part.view(rows, length, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    for part, (rows, length) in zip(around.before(block, x_TW).split(_tokens(shapes)), shapes, strict=True):
+        q, k, v = part.view(rows, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
         mixed.append(_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(rows * length, -1))
-    return _after_attention(block, x_TW, mixed)
+    return around.after(block, x_TW, _joined(mixed))
 
 
 def _last_block(block: Any, x_TW: Tensor, shapes: Shapes, *, at_N: Tensor, causal: bool) -> Tensor:
@@ -78,7 +97,7 @@ def _last_block(block: Any, x_TW: Tensor, shapes: Shapes, *, at_N: Tensor, causa
             mask = seen[:, None, None, :]
         mixed.append(_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(rows, -1))
         first += rows
-    return _after_attention(block, x_TW.index_select(0, index_N), mixed)
+    return _after_attention(block, x_TW.index_select(0, index_N), _joined(mixed))
 
 
 def _tokens(shapes: Shapes) -> list[int]:
@@ -93,7 +112,15 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, **how)
 
 
-def _after_attention(block: Any, x: Tensor, mixed: Sequence[Tensor]) -> Tensor:
-    joined = mixed[0] if len(mixed) == 1 else torch.cat(tuple(mixed))
-    x = x + block.ls_1(block.attn.out_proj(joined))
+def _joined(mixed: Sequence[Tensor]) -> Tensor:
+    return mixed[0] if len(mixed) == 1 else torch.cat(tuple(mixed))
+
+
+def _before_attention(block: Any, x_TW: Tensor) -> Tensor:
+    """(T, 3W): queries, keys and values."""
+    return F.linear(block.ln_1(x_TW), block.attn.in_proj_weight, block.attn.in_proj_bias)
+
+
+def _after_attention(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
+    x = x + block.ls_1(block.attn.out_proj(mixed))
     return cast(Tensor, x + block.ls_2(block.mlp(block.ln_2(x))))

@@ -1,6 +1,8 @@
-"""How many pairs at a time fit the GPU's memory, found by trying a step's heaviest part."""
+"""How many pairs at a time fit the GPU's memory, and whether compiling pays, found by trying a step's heaviest part."""
 
 import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,12 +11,15 @@ from torch import Tensor
 
 from job.model.build import ClipModel
 from job.model.step import parts_of
-from job.model.towers import Towers
+from job.model.towers import Towers, set_compiled
 
 log = logging.getLogger(__name__)
 
 SPARE = 0.05
 """Share of the GPU's memory that a trial leaves alone, for what a run needs besides: libraries of several ranks, odd batches."""
+TRIALS = 3
+WORTH_IT = 0.97
+"""Time of a compiled step over that of one as it is, at most."""
 BYTES_OF_OPTIMIZER = 8
 """AdamW's two moments of each weight that learns, in float32."""
 
@@ -33,7 +38,6 @@ def fitting_micro_batch(clip: ClipModel, groups: Sequence[Tensor], *, rows: int,
     if clip.shift.device.type != "cuda":
         return 0
     found = largest_that_fits(rows, lambda count: try_step(clip, groups, rows=rows, at_most=count, autocast=autocast))
-    torch.cuda.reset_peak_memory_stats()  # the peak that /metrics shows is that of training
     log.info("micro-batch", extra={"pairs": found, "of": rows})
     return found
 
@@ -52,6 +56,34 @@ def largest_that_fits(rows: int, trial: Callable[[int], None]) -> int:
         finally:
             torch.cuda.empty_cache()
         count = -(-count // 2)
+
+
+def compile_where_faster(
+    clip: ClipModel, groups: Sequence[Tensor], *, rows: int, at_most: int, autocast: torch.dtype | None
+) -> bool:
+    """Whether a step's heaviest part is faster with compiled blocks; they are compiled afterwards if so. Args: see try_step."""
+
+    def seconds() -> float:
+        found = []
+        for _ in range(1 + TRIALS):  # the first one compiles
+            began = time.perf_counter()
+            try_step(clip, groups, rows=rows, at_most=at_most, autocast=autocast)
+            if clip.shift.device.type == "cuda":
+                torch.cuda.synchronize()
+            found.append(time.perf_counter() - began)
+        return min(found[1:])
+
+    before = seconds()
+    set_compiled(clip.module, on=True)
+    try:
+        after = seconds()
+    except torch.OutOfMemoryError:  # which the step as it is had
+        after = math.inf
+    pays = after <= WORTH_IT * before
+    set_compiled(clip.module, on=pays)
+    figures = {"seconds_compiled": round(after, 4), "seconds_as_it_is": round(before, 4)}
+    log.info("compiled" if pays else "not compiled", extra=figures)
+    return pays
 
 
 def try_step(clip: ClipModel, groups: Sequence[Tensor], *, rows: int, at_most: int, autocast: torch.dtype | None) -> None:

@@ -55,8 +55,9 @@ def _encode_plain(tower: Any, pixels_BCHW: Tensor, *, shift: Tensor, scale: Tens
     x_BLW = F.linear(patches.reshape(batch, -1, colours * high * wide), tower.conv1.weight.view(width, -1))
     class_token = tower.class_embedding.to(x_BLW.dtype).expand(batch, 1, width)
     x_BLW = torch.cat([class_token, x_BLW], dim=1) + tower.positional_embedding.to(x_BLW.dtype)
-    x_BLW = tower.ln_pre(tower.patch_dropout(x_BLW))
+    x_BLW = tower.patch_dropout(x_BLW)
     shapes = [(batch, x_BLW.shape[1])]
-    first = torch.zeros(batch, dtype=torch.int64, device=x_BLW.device)
-    pooled = tower.ln_post(pooled_output(tower.transformer, x_BLW.reshape(-1, width), shapes, at_N=first, causal=False))
+    x_TW = tower.ln_pre(x_BLW.reshape(-1, width))  # no view, so the first block is like the others to a compiler
+    first = torch.zeros(batch, dtype=torch.int64, device=x_TW.device)
+    pooled = tower.ln_post(pooled_output(tower.transformer, x_TW, shapes, at_N=first, causal=False))
     return cast(Tensor, pooled if tower.proj is None else pooled @ tower.proj)

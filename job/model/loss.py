@@ -134,6 +134,28 @@ def contrastive_loss(
     return LossGradients(*gradients, scale_gradient, bias_gradient, figures, pairs)
 
 
+def losses_at(
+    image_bD: Tensor, text_bD: Tensor, *, valid_b: Tensor, logit_scales: Sequence[float], world: World = ALONE
+) -> list[float]:
+    """The clip loss at each of these scales, from the similarities of one pass. Arguments as those of contrastive_loss."""
+    rows, own = len(image_bD), world.rank * len(image_bD)
+    image_ND, text_ND = world.gather(torch.cat([image_bD, text_bD], dim=1)).chunk(2, dim=1)
+    valid_N = world.gather(valid_b.long()[:, None])[:, 0].bool()
+    pairs = valid_N.sum()
+    step = max(1, CHUNK_ELEMENTS // len(image_ND))
+    sums = image_bD.new_zeros(len(logit_scales))
+    for start in range(0, rows, step):
+        chunk = slice(start, min(start + step, rows))
+        for mine, others in ((image_bD, text_ND), (text_bD, image_ND)):
+            similarities = mine[chunk] @ others.T
+            matched = similarities.diagonal(own + start)
+            for at, scale in enumerate(logit_scales):
+                normaliser = (scale * similarities).masked_fill_(~valid_N, -torch.inf).logsumexp(dim=1)
+                sums[at] += (normaliser - scale * matched).masked_fill(~valid_b[chunk], 0.0).sum() / 2
+    losses: list[float] = (world.total(sums) / torch.where(pairs > 1, pairs, torch.nan)).tolist()
+    return losses
+
+
 class Overlap:
     """Soft targets: weight times the Jaccard index of two pairs' tags, over the sum of a pair's indices with all pairs.
 

@@ -1,61 +1,28 @@
 """AdamW for fine-tuning, and the learning rate as a function of the step."""
 
 import math
-import re
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from job.errors import ConfigError
-
-_BLOCK = re.compile(r"(.*\.(?:resblocks|blocks|layers?)\.\d+)\.")
-_EMBEDDINGS = re.compile(r"(conv1|ln_pre|embedding|patch_embed|cls_token|pos_embed)")
-
 
 def make_optimizer(
-    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, layer_decay: float = 1.0
+    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.AdamW:
     """AdamW in groups: matrices decay; 1-D parameters (biases, norms) and logit_scale do not.
 
     The fused implementation skips its update on the device when told of a gradient that is not finite, so the host need not look.
-
-    Args: layer_decay: see layer_scales; a group's "lr_scale" is what its learning rate is multiplied by.
     """
-    scales = layer_scales([name for name, parameter in model.named_parameters() if parameter.requires_grad], layer_decay)
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decays = parameter.ndim >= 2
-            new = {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scales[name]}
-            groups.setdefault((-scales[name], not decays), new)["params"].append(parameter)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in learning if parameter.ndim >= 2]
+    others = [parameter for parameter in learning if parameter.ndim < 2]
+    groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((matrices, weight_decay), (others, 0.0))
+        if parameters
+    ]
     fused = next(model.parameters()).device.type in ("cuda", "cpu", "mps")
-    return torch.optim.AdamW([groups[key] for key in sorted(groups)], lr=lr, betas=betas, eps=eps, fused=fused)
-
-
-def layer_scales(names: Sequence[str], decay: float) -> dict[str, float]:
-    """What the learning rate of each parameter is multiplied by. Args: names: of what learns.
-
-    1 above the blocks of a tower, `decay` in its last block, decay² in the one below, and so on down to its embeddings.
-    Source: BEiT, arXiv:2106.08254, appendix.
-
-    Raises: ConfigError, when a tower is no stack of blocks.
-    """
-    if decay == 1:
-        return dict.fromkeys(names, 1.0)
-    scales = {}
-    for tower in (True, False):
-        mine = [name for name in names if name.startswith("visual.") == tower]
-        blocks = list(dict.fromkeys(match[1] for name in mine if (match := _BLOCK.match(name))))
-        has_weights = any("." in name for name in mine)
-        if has_weights and (not blocks or any(".stages." in name for name in mine)):
-            raise ConfigError(f"--layer-decay needs towers of equal blocks, and the {'image' if tower else 'text'} tower is none.")
-        for name in mine:
-            match = _BLOCK.match(name)
-            above = len(blocks) - blocks.index(match[1]) if match else len(blocks) + 1 if _EMBEDDINGS.search(name) else 0
-            scales[name] = decay**above
-    return scales
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
 def warmup_steps(asked: int, steps: int) -> int:

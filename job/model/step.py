@@ -2,7 +2,9 @@
 
 import contextlib
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from job.checkpoint.state import TrainState
 from job.data.batches import Batch
 from job.data.order import derived_key
-from job.model.loss import LossGradients, contrastive_loss
+from job.model.loss import LossGradients, contrastive_loss, losses_at
 from job.runtime.world import World
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
@@ -85,28 +87,20 @@ def train_step(
     """
     state.step += 1
     for group in state.optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr
     model: Any = state.model
     device = model.logit_scale.device
     images, groups, text_of, valid, text_id, tags = _on_device(
         batch, rows=world.largest_part(settings.global_batch_size), device=device
     )
     parts = parts_of(len(images), groups, at_most=settings.micro_batch)
-
-    def forward(part: Part) -> tuple[Tensor, ...]:
-        torch.manual_seed(derived_key(settings.seed, MODEL_STREAM, state.step - 1, world.rank, part.images.start))
-        with torch.autocast(device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
-            outputs: tuple[Tensor, ...] = towers(images[part.images], part.groups)
-            return outputs
-
+    forward = partial(_forward, towers, images, settings=settings, random=(state.step - 1, world.rank))
     if len(parts) == 1:
         outputs = forward(parts[0])
         image_bD, text_UD = outputs[0].detach(), outputs[1].detach()
     else:
         outputs = ()
-        with torch.no_grad():
-            cached = [forward(part) for part in parts]
-        image_bD, text_UD = (torch.cat([features[tower] for features in cached]) for tower in (0, 1))
+        image_bD, text_UD = _cached(forward, parts)
     bias = getattr(model, "logit_bias", None)
     gradients = contrastive_loss(
         _padded(image_bD, len(valid)),
@@ -136,6 +130,37 @@ def train_step(
     with torch.no_grad():
         model.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)
         return StepReport(state.step, lr, _figures(gradients, norm, model, bad=len(batch.bad), world=world))
+
+
+@torch.no_grad()
+def batch_loss(
+    model: Any, batch: Batch, *, towers: nn.Module, settings: StepSettings, world: World, logit_scales: Sequence[float]
+) -> list[float]:
+    """The softmax loss of a global batch at each of these scales, with the weights as they are. All ranks must call it; all get
+    the same. Not a number, with fewer than two good pairs."""
+    rows = world.largest_part(settings.global_batch_size)
+    images, groups, text_of, valid, *_ = _on_device(batch, rows=rows, device=model.logit_scale.device)
+    forward = partial(_forward, towers, images, settings=settings, random=(0, world.rank))
+    image_bD, text_UD = _cached(forward, parts_of(len(images), groups, at_most=settings.micro_batch))
+    image_bD, text_bD = _padded(image_bD, rows), _padded(text_UD[text_of], rows)
+    return losses_at(image_bD, text_bD, valid_b=valid, logit_scales=logit_scales, world=world)
+
+
+def _forward(
+    towers: nn.Module, images: Tensor, part: Part, *, settings: StepSettings, random: tuple[int, int]
+) -> tuple[Tensor, ...]:
+    """Features of a part, and what else the loss needs. Args: random: step and rank, of which dropout depends."""
+    torch.manual_seed(derived_key(settings.seed, MODEL_STREAM, *random, part.images.start))
+    with torch.autocast(images.device.type, dtype=settings.autocast, enabled=settings.autocast is not None):
+        outputs: tuple[Tensor, ...] = towers(images[part.images], part.groups)
+        return outputs
+
+
+@torch.no_grad()
+def _cached(forward: Callable[[Part], tuple[Tensor, ...]], parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """Features of the images and texts of all parts."""
+    features = [forward(part) for part in parts]
+    return torch.cat([of_part[0] for of_part in features]), torch.cat([of_part[1] for of_part in features])
 
 
 def _on_device(batch: Batch, *, rows: int, device: torch.device) -> tuple[Any, ...]:

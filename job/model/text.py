@@ -24,9 +24,15 @@ def encode_texts(model: Any, groups: Sequence[Tensor]) -> Tensor:
     tower = _cuttable_tower(model)
     if tower is None:
         return unit(torch.cat([model.encode_text(tokens) for tokens in groups]))
-    if are_plain(tower.transformer.resblocks):
+    if plain_text_tower(model) is not None:
         return unit(_encode_packed(tower, groups))
     return unit(torch.cat([_encode_cut(tower, tokens) for tokens in groups]))
+
+
+def plain_text_tower(model: Any) -> Any:
+    """The module that holds the text tower's parts, if texts of all lengths go through it in one pass; else None."""
+    tower = _cuttable_tower(model)
+    return tower if tower is not None and are_plain(tower.transformer.resblocks) else None
 
 
 def unit(features: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from job.model.build import ClipModel
-from job.model.image import encode_images
-from job.model.text import encode_texts
+from job.model.image import encode_images, is_plain
+from job.model.text import encode_texts, plain_text_tower
 from job.runtime.world import World
 
 _DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
@@ -40,6 +40,19 @@ class Towers(nn.Module):
         return image_BD, text_UD, self.model.logit_scale.exp().reshape(()), *biases
 
 
+def set_compiled(model: Any, *, on: bool) -> int:
+    """Has the blocks of both towers compiled, or not. Returns: towers whose blocks can be; others stay as they are."""
+    towers = [model.visual] if is_plain(model) else []
+    towers += [tower] if (tower := plain_text_tower(model)) is not None else []
+    for tower in towers:
+        tower.transformer.compiled = on
+    return len(towers)
+
+
+def _is_compiled(model: Any) -> bool:
+    return any(getattr(part, "compiled", False) for part in model.modules())
+
+
 def make_towers(clip: ClipModel, *, world: World) -> nn.Module:
     """The towers; with several ranks their gradients become the sum over all, while the backward pass is still at work.
 
@@ -62,7 +75,8 @@ def make_towers(clip: ClipModel, *, world: World) -> nn.Module:
 def _settle_buckets(parallel: nn.Module, clip: ClipModel) -> None:
     """One pass with nothing to learn. DDP orders its buckets anew after the first one, and sums of three or more ranks depend on
     that order: so a run that goes on would differ in the last bits from one that was never interrupted."""
-    modes = [(part, part.training) for part in parallel.modules()]
+    modes, compiled = [(part, part.training) for part in parallel.modules()], _is_compiled(clip.module)
+    set_compiled(clip.module, on=False)  # these sizes come once
     parallel.eval()  # keeps running statistics as they are
     device = clip.shift.device
     pixels = torch.zeros(1, 3, clip.view.height, clip.view.width, dtype=torch.uint8, device=device)
@@ -71,5 +85,6 @@ def _settle_buckets(parallel: nn.Module, clip: ClipModel) -> None:
         outputs = [output for output in parallel(pixels, [tokens]) if output.requires_grad]
         torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
     parallel.zero_grad(set_to_none=True)
+    set_compiled(clip.module, on=compiled)
     for part, training in modes:
         part.training = training

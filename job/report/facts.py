@@ -8,9 +8,9 @@ from typing import Any
 
 from job.checkpoint.commit import Rejection, merge_histories, read
 from job.checkpoint.store import RunStore
-from job.config import FIELDS
+from job.config import FIELDS, is_auto
 from job.errors import ConfigError, ResumeError
-from job.fields import Interval, default_text
+from job.fields import AUTO, Interval, default_text
 from job.storage import files
 
 PAGE = "report.html"
@@ -86,7 +86,8 @@ class RunFacts:
     def changed(self) -> dict[str, tuple[Any, Any]]:
         """Settings that differ from the defaults: name -> (value, default)."""
         defaults = {
-            name: str(spec.default) if isinstance(spec.default, Interval) else spec.default for name, spec in FIELDS.items()
+            name: AUTO if is_auto(name, spec.default) else str(spec.default) if isinstance(spec.default, Interval) else spec.default
+            for name, spec in FIELDS.items()
         }
         return {
             name: (value, default_text(FIELDS[name]) or defaults[name] if name in FIELDS else "–")
@@ -123,7 +124,7 @@ def gather(uri: str, *, result: Mapping[str, Any] | None = None) -> RunFacts:
     return RunFacts(
         uri=files.shown(uri),
         version=str(stored.get("version", "")),
-        settings=stored["config"],
+        settings={name: AUTO if is_auto(name, value) else value for name, value in stored["config"].items()} | _found(found),
         data=stored.get("data") or {},
         result=found,
         attempts=attempts,
@@ -142,6 +143,12 @@ def read_gallery(uri: str) -> dict[str, Any] | None:
     with contextlib.suppress(FileNotFoundError, Rejection):
         return read(files.join(uri, *GALLERY))
     return None
+
+
+def _found(result: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings that the job has found itself."""
+    range_test = (result or {}).get("range_test") or {}
+    return {"lr": range_test["lr"]} if range_test else {}
 
 
 def _optional(uri: str, listed: Mapping[str, int]) -> dict[str, Any]:

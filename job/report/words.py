@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from job.config import starts_random
+
 METRICS = {
     "image_retrieval_recall@1": "text -> image, recall@1",
     "image_retrieval_recall@5": "text -> image, recall@5",
@@ -36,7 +38,10 @@ def model_of(settings: Mapping[str, Any]) -> str:
         return f"the model of the run {last_part(source)}"
     if "/" in weights.rstrip("/") and not weights.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors")):
         return f"the model in {last_part(weights)}"  # a folder, which has its own config
-    return f"{last_part(str(settings.get('model', '?')))} ({last_part(weights) if weights else 'random weights'})"
+    model = last_part(str(settings.get("model", "?")))
+    if not weights and not starts_random(settings):
+        return model
+    return f"{model} ({last_part(weights) if weights else 'random weights'})"
 
 
 def esc(text: Any) -> str:
