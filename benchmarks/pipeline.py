@@ -1,8 +1,10 @@
 """Images per CPU-second: open_clip's training transform, alone and in the usual loaders, against clipjob's pipeline."""
 
+import contextlib
 import gc
 import importlib.util
 import io
+import multiprocessing
 import resource
 import shutil
 import sys
@@ -10,8 +12,9 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +29,7 @@ from benchmarks.images import write_photos
 from benchmarks.machine import LIMIT_COLUMNS, Limit, arguments, paired, publish, ratios, say, spread, table
 from job.data.batches import Samples, load_batches
 from job.data.captions import Captions
+from job.data.gpu_jpeg import GpuJpegs
 from job.data.images import Images, open_images
 from job.data.manifest import Column
 from job.data.order import batches_from, rows_at
@@ -35,10 +39,12 @@ from job.runtime.memory import keep_freed_memory
 
 BASELINE = "PIL + open_clip's train transform"
 RAW, PACKED = "clipjob, raw JPEGs", "clipjob, packed to 256 pixels"
+PPM = f"{PACKED}, --format ppm"
 DATALOADER, WEBDATASET = "the same in a DataLoader over the LMDB", "the same in WebDataset, from tar files"
+PROCESSES = "2 processes of 1 thread"
 LINEAR = 1.8
 """Times the rate of one thread that two must reach: 90 % of linear."""
-REQUIRED = {RAW: 2.6, PACKED: 6.0}
+REQUIRED = {RAW: 2.6, PACKED: 6.0, PPM: 6.0}
 """Times the baseline, per CPU-second, with one decode thread."""
 
 VIEW = View(height=224, width=224, interpolation="bicubic", resize_mode="shortest")
@@ -134,22 +140,41 @@ def write_shards(folder: Path, images: Images, keys: Column, *, shards: int) -> 
     return [str(path) for path in paths]
 
 
-def clipjob_images(images: Images, keys: Column, *, captions: Captions, threads: int) -> int:
-    """What `clipjob train` does: whole batches of pixels and tokens, in the order of an epoch."""
-    positions = batches_from(0, global_batch_size=BATCH_SIZE)
+def clipjob_images(
+    images: Images, keys: Column, *, captions: Captions, threads: int, batch: int = BATCH_SIZE, gpu: GpuJpegs | None = None
+) -> int:
+    """What `clipjob train` does: whole batches of pixels and tokens, in the order of an epoch. Args: gpu: decodes."""
+    positions = batches_from(0, global_batch_size=batch)
     samples = (
-        Samples(next(positions), rows_at(np.arange(start, start + BATCH_SIZE), row_count=len(keys), seed=0))
-        for start in range(0, len(keys), BATCH_SIZE)
+        Samples(next(positions), rows_at(np.arange(start, start + batch), row_count=len(keys), seed=0))
+        for start in range(0, len(keys), batch)
     )
-    batches = load_batches(
-        samples, keys=keys, images=images, captions=captions, view=VIEW, threads=threads, seed=0, crop_scale=CROP_SCALE
-    )
+    how: dict[str, Any] = {"view": VIEW, "threads": threads, "seed": 0, "crop_scale": CROP_SCALE, "gpu_jpegs": gpu}
     count = 0
-    for batch in batches:
-        assert not batch.bad
-        count += len(batch.images)
+    for made in load_batches(samples, keys=keys, images=images, captions=captions, pin_memory=gpu is not None, **how):
+        assert not made.bad
+        count += len(made.images)
     assert count == len(keys)
     return count
+
+
+def clipjob_in_two_processes(pool: ProcessPoolExecutor, path: Path, *, count: int) -> int:
+    """One decode thread each, half of the images: what a second core of this machine is worth to those who share nothing."""
+    return sum(pool.map(_half, [path] * 2, [count] * 2, range(2)))
+
+
+def _half(path: Path, count: int, which: int) -> int:
+    images, keys, captions = _opened(path, count, which)
+    return clipjob_images(images, keys, captions=captions, threads=1)
+
+
+@cache
+def _opened(path: Path, count: int, which: int) -> tuple[Images, Column, Captions]:
+    """Of this process."""
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    images = open_images(path)
+    return images, Column.of(images.sample_keys(count)[which::2]), captions_of(count)
 
 
 def captions_of(count: int) -> Captions:
@@ -172,17 +197,19 @@ def captions_of(count: int) -> Captions:
 def main() -> int:
     parser = arguments(__doc__ or "", repeats=9)
     parser.add_argument("--cores", type=int, default=2, help="threads and workers go up to this [default: %(default)s]")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: also with JPEGs decoded on the GPU")
     args = parser.parse_args()
     count = 128 if args.quick else 1024
     keep_freed_memory()  # as `clipjob train` does; it serves the baseline as well
     torch.set_num_threads(1)  # else the baseline pays for OpenMP threads that wait; clipjob's decode threads do the same
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+    with tempfile.TemporaryDirectory(dir=args.folder) as name, contextlib.ExitStack() as closing:
         folder = Path(name)
         say(f"making {count} images")
         sizes = write_photos(folder / "photos", count=count, seed=0)
         raw_bytes = pack(folder / "photos", folder / "raw").output_bytes
         packed_bytes = pack(folder / "photos", folder / "packed", resize=256).output_bytes
-        raw, packed = open_images(folder / "raw"), open_images(folder / "packed")
+        ppm_bytes = pack(folder / "photos", folder / "ppm", resize=256, form="ppm").output_bytes
+        raw, packed, ppm = (open_images(folder / name) for name in ("raw", "packed", "ppm"))
         keys, captions = Column.of(raw.sample_keys(count)), captions_of(count)
         variants = {BASELINE: partial(open_clip_images, raw, keys)}
         cores = max(2, min(16, args.cores))
@@ -193,22 +220,34 @@ def main() -> int:
             shards = write_shards(folder / "tars", raw, keys, shards=cores)
             variants[f"{WEBDATASET}, {cores} workers"] = partial(webdataset_images, shards, workers=cores)
         steps = [threads for threads in (1, 2, 4, 8, 16) if threads <= cores]
-        for label, source in ((RAW, raw), (PACKED, packed)):
+        for label, source in ((RAW, raw), (PACKED, packed), (PPM, ppm)):
             for threads in steps:
                 variants[f"{label}, {threads} thread{'s' * (threads > 1)}"] = partial(
                     clipjob_images, source, keys, captions=captions, threads=threads
                 )
+        if args.device == "cuda":
+            gpu, batch = GpuJpegs(torch.device("cuda")), min(count, 8 * GpuJpegs.chunk)
+            for label, source in ((RAW, raw), (PACKED, packed)):
+                for threads in steps:
+                    variants[f"{label}, GPU decodes, {threads} thread{'s' * (threads > 1)}"] = partial(
+                        clipjob_images, source, keys, captions=captions, threads=threads, batch=batch, gpu=gpu
+                    )
+        pool = closing.enter_context(ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")))
+        for label, place in ((RAW, "raw"), (PACKED, "packed"), (PPM, "ppm")):
+            variants[f"{label}, {PROCESSES}"] = partial(clipjob_in_two_processes, pool, folder / place, count=count)
         rates = paired({label: partial(measured, work) for label, work in variants.items()}, rounds=args.repeats)
-        raw.close()
-        packed.close()
+        for images in (raw, packed, ppm):
+            images.close()
 
-    by_cpu = {label: [rate.per_cpu_second for rate in found] for label, found in rates.items()}
+    here = {label: found for label, found in rates.items() if PROCESSES not in label}  # those count their CPU time when they end
+    by_cpu = {label: [rate.per_cpu_second for rate in found] for label, found in here.items()}
     by_wall = {label: [rate.per_second for rate in found] for label, found in rates.items()}
     compared = {label: ratios(found, by_cpu[BASELINE]) for label, found in by_cpu.items()}
     rows = [
         (label, spread(by_cpu[label]), spread(by_wall[label]), f"{of_medians:.2f}", spread(of_rounds, 2))
         for label, (of_medians, of_rounds) in compared.items()
     ]
+    rows += [(label, "", spread(found), "", "") for label, found in by_wall.items() if label not in by_cpu]
     limits = [
         Limit(
             f"{label}, 1 thread, against the baseline",
@@ -224,10 +263,14 @@ def main() -> int:
         _, each = ratios(by_wall[f"{label}, 2 threads"], by_wall[f"{label}, 1 thread"])
         what = f"{label}, images per second of 2 threads against 1"
         limits.append(Limit(what, float(np.median(each)), LINEAR, "×", at_least=True, spread=spread(each, 2)))
+        _, each = ratios(by_wall[f"{label}, 2 threads"], by_wall[f"{label}, {PROCESSES}"])
+        what = f"{label}, images per second of 2 threads against {PROCESSES}"
+        limits.append(Limit(what, float(np.median(each)), None, "×", at_least=True, spread=spread(each, 2)))
     made = (
         f"{count} JPEGs of 500 × 375 pixels, {min(sizes) / 1000:.0f} to {max(sizes) / 1000:.0f} KB "
         f"(median {np.median(sizes) / 1000:.0f}); LMDB {raw_bytes / count / 1000:.0f} KB per image, packed "
-        f"{packed_bytes / count / 1000:.0f} KB. {args.repeats} paired rounds; median (min–max)."
+        f"{packed_bytes / count / 1000:.0f} KB, as PPM {ppm_bytes / count / 1000:.0f} KB. {args.repeats} paired rounds; "
+        "median (min–max)."
     )
     text = "\n".join(
         (

@@ -1,8 +1,10 @@
 """How good a fine-tuned model is: clipjob against a weblog post's loop and open_clip's own trainer, from the same base model, on
 the same pairs, in as many steps. Held-out recall, what is forgotten of the base's domain, and whether probabilities are honest."""
 
+import argparse
 import contextlib
 import json
+import os
 import re
 import shutil
 import statistics
@@ -10,14 +12,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import open_clip_trainer
+from benchmarks.clip_art import FOLDER as CLIP_ART_FOLDER
 from benchmarks.machine import REPOSITORY, Limit, arguments, publish, say, table
-from benchmarks.quality_data import Data, write_data
+from benchmarks.quality_data import FOLDS, Data, write_data
 from benchmarks.quality_scores import METRICS, RESAMPLES, Answers, Draws, Floats, answers, difference, draw, measure
 from job.data.staging import Staging
 from job.demo import FOLDER
@@ -26,20 +30,31 @@ from job.model.build import WEIGHTS_FILE
 from job.runtime.log import set_up_logging
 
 BATCH = 64
+THREADS = 1
+"""Of each entrant; as many seeds run side by side as there are cores."""
 BASE, POST, OPEN_CLIP = "base, not tuned", "the post's loop", "open_clip_train"
 OPEN_CLIP_DEFAULTS = f"{OPEN_CLIP}, its defaults (lr 5e-4, warm-up 10 000)"
 POST_RATES = (5e-6, 1e-4)
 """In its code, and in its text."""
 OPEN_CLIP_RATES = (1e-5, 1e-4, 3e-4, 1e-3)
-OURS_DEFAULT = "clipjob, lr 1e-3"
+OURS_DEFAULT = "clipjob, lr auto"
+LOCKED = f"{OURS_DEFAULT}, --lock-image"
 OURS: dict[str, list[str]] = {
-    "clipjob, lr 1e-5 (default, for large models)": ["--lr", "1e-5"],
-    "clipjob, lr 1e-4": ["--lr", "1e-4"],
-    "clipjob, lr 3e-4": ["--lr", "3e-4"],
-    OURS_DEFAULT: ["--lr", "1e-3"],
+    OURS_DEFAULT: ["--lr", "auto"],
+    "clipjob, lr 1e-3": ["--lr", "1e-3"],
+    LOCKED: ["--lr", "auto", "--lock-image"],
 }
-"""Flags of `clipjob train`; a method that is to be compared is one more line."""
+"""Flags of `clipjob train`; settings that are to be compared are one more line."""
+LAST = f"{OURS_DEFAULT}, its last step"
+"""In place of the step that its validation pairs choose."""
 EXPORTED = f"{OURS_DEFAULT}, exported: alpha auto, calibrated"
+LOCKED_WHOLE = f"{LOCKED}, exported: alpha 1, calibrated"
+EXPORTS = {
+    EXPORTED: (OURS_DEFAULT, "auto"),
+    f"{LOCKED}, exported: alpha auto, calibrated": (LOCKED, "auto"),
+    LOCKED_WHOLE: (LOCKED, "1"),
+}
+"""Of which entrant, and --alpha of `clipjob export`."""
 
 Entrant = Callable[[int], Path]
 """Trains with a seed. Returns: a weights file, or a folder that open_clip loads."""
@@ -77,19 +92,28 @@ def train_base(contest: Contest, *, epochs: int) -> None:
 
 
 def ours(contest: Contest, name: str, flags: Sequence[str], seed: int) -> Path:
-    """The best of its checkpoints in the opinion of a tenth of the training pairs, which it does not train on."""
+    """The best of its checkpoints in the opinion of a twentieth of the training pairs, which it does not train on."""
     run = contest.place(name, seed) / "run"
-    words = ["--init-from", contest.base.parents[1], "--max-steps", contest.steps, "--val-fraction", 0.1, "--seed", seed, *flags]
-    _clipjob_train(contest, run, csv=contest.data.csv("train"), words=words)
+    words = ["--init-from", contest.base.parents[1], "--max-steps", contest.steps, "--seed", seed, *flags]
+    _clipjob_train(contest, run, csv=contest.data.csv("train", seed), words=words)
     return run / "export" / "best"
 
 
+def rate_found(contest: Contest, csv: Path) -> float:
+    """What --lr auto finds for the base model on other data."""
+    run = contest.place("rate", 0) / csv.stem
+    words = ["--init-from", contest.base.parents[1], "--max-steps", 100, "--val-fraction", 0, "--lr", "auto"]
+    _clipjob_train(contest, run, csv=csv, words=words)
+    return float(json.loads((run / "result.json").read_text(encoding="utf-8"))["range_test"]["lr"])
+
+
 def exported(contest: Contest, name: str, seed: int) -> Path:
-    """The export of our entrant `name` that has run with this seed, held-out and scored guard pairs unseen."""
-    folder, data = contest.place(EXPORTED, seed), contest.data
-    words = ["--to", folder / "model", "--alpha", "auto", "--calibrate", "--scratch", contest.folder / "scratch", "--device", "cpu"]
+    """The export of an entrant of ours that has run with this seed, held-out and scored guard pairs unseen."""
+    folder, data = contest.place(name, seed), contest.data
+    entrant, alpha = EXPORTS[name]
+    words = ["--to", folder / "model", "--alpha", alpha, "--calibrate", "--scratch", contest.folder / "scratch", "--device", "cpu"]
     words += ["--guard-csv", data.csv("guard-for-alpha"), "--guard-lmdb", data.images]
-    command = [sys.executable, "-m", "job", "export", contest.place(name, seed) / "run", *words]
+    command = [sys.executable, "-m", "job", "export", contest.place(entrant, seed) / "run", *words]
     _run(command, cwd=REPOSITORY, log=folder / "log")
     return folder / "model"
 
@@ -97,7 +121,7 @@ def exported(contest: Contest, name: str, seed: int) -> Path:
 def post(contest: Contest, name: str, rate: float, seed: int) -> Path:
     folder, data = contest.place(name, seed), contest.data
     weights = folder / "weights.pt"
-    words = ["--csv", data.csv("train"), "--lmdb", data.images, "--pretrained", contest.base, "--save", weights]
+    words = ["--csv", data.csv("train", seed), "--lmdb", data.images, "--pretrained", contest.base, "--save", weights]
     words += ["--epochs", contest.epochs, "--batch", BATCH, "--lr", rate, "--seed", seed]
     _run([sys.executable, "-m", "benchmarks.plain_loop", *words], cwd=REPOSITORY, log=folder / "log")
     return weights
@@ -105,7 +129,7 @@ def post(contest: Contest, name: str, rate: float, seed: int) -> Path:
 
 def open_clip(contest: Contest, name: str, flags: Sequence[object], seed: int) -> Path:
     folder = contest.place(name, seed)
-    words = ["--dataset-type", "csv", "--train-data", contest.data.csv("train-files"), "--csv-separator", "|"]
+    words = ["--dataset-type", "csv", "--train-data", contest.data.csv("train-files", seed), "--csv-separator", "|"]
     words += ["--csv-img-key", "path", "--csv-caption-key", "tags"]
     words += ["--model", f"local-dir:{contest.base.relative_to(contest.folder)}"]
     words += ["--device", "cpu", "--precision", "fp32", "--workers", 1, "--batch-size", BATCH, "--epochs", contest.epochs]
@@ -119,14 +143,16 @@ def open_clip(contest: Contest, name: str, flags: Sequence[object], seed: int) -
 def _clipjob_train(contest: Contest, run: Path, *, csv: Path, words: Sequence[object]) -> None:
     always = ["--csv", csv, "--lmdb", contest.data.images, "--run", run, "--scratch", contest.folder / "scratch", "--device", "cpu"]
     always += ["--precision", "fp32", "--global-batch-size", BATCH, "--checkpoint-every", 0, "--metrics-port", 0]
+    always += ["--torch-threads", THREADS, "--threads", THREADS]
     _run([sys.executable, "-m", "job", "train", *always, *words], cwd=REPOSITORY, log=run.with_name(f"{run.name}.log"))
 
 
 def _run(command: Sequence[object], *, cwd: Path, log: Path, environment: dict[str, str] | None = None) -> None:
     """Raises: SystemExit, with the end of what the command printed, if it fails."""
     words = [str(word) for word in command]
+    variables = {**(environment or os.environ), "OMP_NUM_THREADS": str(THREADS)}
     with log.open("wb") as stream:
-        code = subprocess.run(words, cwd=cwd, env=environment, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(words, cwd=cwd, env=variables, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
     if code:
         raise SystemExit(f"{' '.join(words)} ended with {code}:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}")
 
@@ -142,9 +168,10 @@ def entrants(contest: Contest, *, quick: bool) -> dict[str, Entrant]:
     for rate in OPEN_CLIP_RATES[-2:] if quick else OPEN_CLIP_RATES:
         name = f"{OPEN_CLIP}, lr {_shown(rate)}, warm-up {warm_up}"
         found[name] = partial(open_clip, contest, name, ["--lr", rate, "--warmup", warm_up])
-    for name in (next(iter(OURS)), OURS_DEFAULT) if quick else OURS:
-        found[name] = partial(ours, contest, name, OURS[name])
-    found[EXPORTED] = partial(exported, contest, OURS_DEFAULT)
+    for name, flags in OURS.items():
+        found[name] = partial(ours, contest, name, ["--lr", "1e-3"] if quick else flags)  # auto asks for 100 steps
+    found[LAST] = lambda seed: contest.place(OURS_DEFAULT, seed) / "run" / "export" / "final"
+    found |= {name: partial(exported, contest, name) for name in EXPORTS}
     return found
 
 
@@ -153,80 +180,114 @@ def _shown(rate: float) -> str:
 
 
 def requirements(measured: dict[str, dict[str, Floats]], rivals: dict[str, str], draws: Draws, *, quick: bool) -> list[Limit]:
-    """About the far end of each interval: better at recall, and at most half of what is forgotten and of the calibration error."""
+    """About the far end of each interval: better at recall, and at most half of what is forgotten and of the calibration error.
+    Then all of that of one model, against the rival that has learnt most."""
     bound = None if quick else 0.0  # one epoch teaches nothing
     limits = []
-    for label, rival in rivals.items():
+
+    def better(own: str, rival: str, what: str, metric: str) -> None:
+        found = difference(measured[own][metric], measured[rivals[rival]][metric], draws)
+        limits.append(Limit(f"{what}{metric}, less that of {rival}", found.low, bound, "", at_least=True, spread=str(found)))
+
+    def half(own: str, rival: str, what: str, metric: str) -> None:
+        found = difference(measured[own][metric], measured[rivals[rival]][metric], draws, share=0.5)
+        limits.append(Limit(f"{what}{metric}, less half of that of {rival}", found.high, bound, "", spread=str(found)))
+
+    for rival in rivals:
         for metric in ("recall@1", "recall@5"):
-            found = difference(measured[OURS_DEFAULT][metric], measured[rival][metric], draws)
-            limits.append(Limit(f"{metric}, less that of {label}", found.low, bound, "", at_least=True, spread=str(found)))
+            better(OURS_DEFAULT, rival, "", metric)
     for metric in ("forgotten", "ECE"):
-        for label, rival in rivals.items():
-            found = difference(measured[EXPORTED][metric], measured[rival][metric], draws, share=0.5)
-            limits.append(Limit(f"exported: {metric}, less half of that of {label}", found.high, bound, "", spread=str(found)))
+        for rival in rivals:
+            half(EXPORTED, rival, "exported: ", metric)
+    tuned, what = next(rival for rival in rivals if "tuned" in rival), "--lock-image, alpha 1, calibrated: "
+    for metric in ("recall@1", "recall@5"):
+        better(LOCKED_WHOLE, tuned, what, metric)
+    for metric in ("forgotten", "ECE"):
+        half(LOCKED_WHOLE, tuned, what, metric)
     return limits
+
+
+def over_seeds(values_S: Floats) -> str:
+    """Mean and standard deviation."""
+    spread = f" ± {statistics.stdev(values_S):.3f}" if len(values_S) > 1 else ""
+    return f"{values_S.mean():.3f}{spread}"
 
 
 def report(measured: dict[str, dict[str, Floats]], rivals: dict[str, str], draws: Draws, limits: Sequence[Limit]) -> str:
     """The tables."""
-
-    def over_seeds(values_S: Floats) -> str:
-        spread = f" ± {statistics.stdev(values_S):.3f}" if len(values_S) > 1 else ""
-        return f"{values_S.mean():.3f}{spread}"
-
     rows = [(name, *(over_seeds(figures[metric][:, 0]) for metric in METRICS)) for name, figures in measured.items()]
     compared = ("recall@1", "recall@5", "forgotten", "ECE")
+    pairs = [(own, label, rival) for own in (OURS_DEFAULT, *EXPORTS) for label, rival in rivals.items()]
     differences = [
         (f"{own} − {label}", *(str(difference(measured[own][metric], measured[rival][metric], draws)) for metric in compared))
-        for own in (OURS_DEFAULT, EXPORTED)
-        for label, rival in rivals.items()
+        for own, label, rival in [*pairs, (OURS_DEFAULT, "its last step", LAST)]
     ]
     bounds = [limit.row() for limit in limits]
     columns = ("", "difference (95 % interval)", "required of the interval", "")
     return "\n\n".join((table(("", *METRICS), rows), table(("", *compared), differences), table(columns, bounds)))
 
 
+def contest_arguments(description: str) -> argparse.ArgumentParser:
+    parser = arguments(description, repeats=FOLDS)
+    parser.add_argument(
+        "--clip-art", type=Path, nargs="?", const=CLIP_ART_FOLDER, metavar="FOLDER", help="tune to clip art instead"
+    )
+    return parser
+
+
 def main() -> int:
-    args = arguments(__doc__ or "", repeats=3).parse_args()
-    if args.quick:
-        args.repeats = 1
+    args = contest_arguments(__doc__ or "").parse_args()
+    args.repeats = 1 if args.quick else min(args.repeats, FOLDS)
     set_up_logging()  # else open_clip warns at each evaluation that it has not loaded the weights itself
     with tempfile.TemporaryDirectory(dir=args.folder) as name, contextlib.ExitStack() as closing:
         folder = Path(name).absolute()
-        contest = Contest(write_data(folder), folder, epochs=1 if args.quick else 10)
+        contest = Contest(write_data(folder, clip_art_folder=args.clip_art), folder, epochs=1 if args.quick else 10)
         say(f"the base model, then {args.repeats} seeds of {contest.steps} steps each; rows: {contest.data.rows}")
         train_base(contest, epochs=1 if args.quick else 20)
         staging = closing.enter_context(Staging(folder / "scratch"))
-        pairs = {
-            part: open_pairs(str(contest.data.csv(part)), str(contest.data.images), staging=staging, reading=Reading())
-            for part in ("held-out", "guard")
-        }
-        for opened in pairs.values():
+        csvs = [contest.data.csv("guard"), *(contest.data.csv("held-out", seed) for seed in range(args.repeats))]
+        guard, *held_out = [open_pairs(str(csv), str(contest.data.images), staging=staging, reading=Reading()) for csv in csvs]
+        for opened in (guard, *held_out):
             closing.callback(opened.images.close)
         competing = entrants(contest, quick=args.quick)
-        found: dict[str, list[dict[str, Answers]]] = {name: [] for name in competing}
-        alphas = []
-        for seed in range(args.repeats):
+
+        def compete(seed: int) -> tuple[dict[str, dict[str, Answers]], dict[str, float]]:
+            """Answers of each entrant, and the alpha of each export that looked for it."""
+            answered = {}
             for name, train in competing.items():
                 say(f"seed {seed}: {name}")
                 made = train(seed)
                 weights = made / WEIGHTS_FILE if made.is_dir() else made
-                found[name].append({part: answers(weights, contest.base, opened) for part, opened in pairs.items()})
-            alphas.append(json.loads((contest.place(EXPORTED, seed) / "model" / "alpha.json").read_text(encoding="utf-8"))["alpha"])
+                answered[name] = {
+                    part: answers(weights, contest.base, opened)
+                    for part, opened in (("held-out", held_out[seed]), ("guard", guard))
+                }
+            alphas = {
+                entrant: json.loads((contest.place(name, seed) / "model" / "alpha.json").read_text(encoding="utf-8"))["alpha"]
+                for name, (entrant, alpha) in EXPORTS.items()
+                if alpha == "auto"
+            }
             shutil.rmtree(folder / f"seed-{seed}")  # 2 GB
-    sizes = {part: len(found[BASE][0][part].text_ranks) for part in pairs}
+            return answered, alphas
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) // THREADS) as pool:
+            of_seeds = list(pool.map(compete, range(args.repeats)))
+        found = {name: [answered[name] for answered, _ in of_seeds] for name in competing}
+        alphas = {entrant: [of_seed[entrant] for _, of_seed in of_seeds] for entrant in (OURS_DEFAULT, LOCKED)}
+    sizes = {part: len(answered.text_ranks) for part, answered in found[BASE][0].items()}
     draws = draw(held_out=sizes["held-out"], guard=sizes["guard"], seeds=args.repeats)
-    measured = {name: measure(of_seeds, found[BASE], draws) for name, of_seeds in found.items()}
+    measured = {name: measure(answered, found[BASE], draws) for name, answered in found.items()}
     tuned = [name for name in competing if name.startswith(OPEN_CLIP) and name != OPEN_CLIP_DEFAULTS]
     best = max(tuned, key=lambda name: statistics.mean(one["held-out"].mean_recall for one in found[name]))
     rivals = {name: name for name in competing if name.startswith(POST)}
     rivals |= {f"{OPEN_CLIP}, its defaults": OPEN_CLIP_DEFAULTS, best.replace(", lr", ", tuned: lr"): best}
     limits = requirements(measured, rivals, draws, quick=args.quick)
     about = (
-        f"{contest.data.rows['train']} training pairs, batch {BATCH}, {contest.steps} steps each, {args.repeats} seeds; "
-        f"{sizes['held-out']} held-out images, {sizes['guard']} of the guard. Mean of both directions; mean over seeds ± standard "
-        f"deviation. Forgotten: recall@5 on the guard, less than the base's. {RESAMPLES} paired resamples of queries and seeds. "
-        f"Exported alphas: {', '.join(map(str, alphas))}."
+        f"{contest.data.rows['train']} training pairs, batch {BATCH}, {contest.steps} steps each, {args.repeats} seeds, "
+        f"each with {sizes['held-out']} other images held out; {sizes['guard']} images of the guard. Mean of both directions; mean "
+        "over seeds ± standard deviation. Forgotten: recall@5 on the guard, less than the base's. "
+        f"{RESAMPLES} paired resamples of queries and seeds. "
+        f"Exported alphas: {', '.join(map(str, alphas[OURS_DEFAULT]))}; with --lock-image {', '.join(map(str, alphas[LOCKED]))}."
     )
     raw: dict[str, Any] = {name: {metric: values[:, 0].tolist() for metric, values in of.items()} for name, of in measured.items()}
     text = f"{about}\n\n{report(measured, rivals, draws, limits)}"

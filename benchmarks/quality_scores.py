@@ -80,29 +80,35 @@ def answers(weights: Path, base: Path, pairs: Pairs) -> Answers:
 
 @dataclass(frozen=True)
 class Draws:
-    """How often each query and each seed counts, in reality (row 0) and in RESAMPLES draws with replacement; the same for all."""
+    """How often each query and each seed counts, in reality (row 0) and in RESAMPLES draws with replacement; the same for all
+    entrants. All are (1 + RESAMPLES, n)."""
 
-    held_out: Floats
+    held_out: list[Floats]
+    """Of each seed, for each has held out other queries."""
     guard: Floats
     seeds: Floats
 
 
 def draw(*, held_out: int, guard: int, seeds: int) -> Draws:
-    """(1 + RESAMPLES, n) of each. Args: how many there are."""
+    """Args: how many there are."""
     generator = np.random.default_rng(0)
-    drawn = (generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) for n in (held_out, guard, seeds))
-    return Draws(*(np.vstack([np.ones((1, counts.shape[1])), counts]) for counts in drawn))
+
+    def counts(n: int) -> Floats:
+        return np.vstack([np.ones((1, n)), generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)])
+
+    return Draws([counts(held_out) for _ in range(seeds)], counts(guard), counts(seeds))
 
 
 def measure(found: Sequence[dict[str, Answers]], base: Sequence[dict[str, Answers]], draws: Draws) -> dict[str, Floats]:
     """(S, 1 + RESAMPLES) of each of METRICS. Args: found, base: of each seed, answers on "held-out" and "guard"."""
     guard = np.stack([one["guard"].recall(draws.guard, k=5) for one in found])
+    held_out = [(one["held-out"], counts) for one, counts in zip(found, draws.held_out, strict=True)]
     return {
-        "recall@1": np.stack([one["held-out"].recall(draws.held_out, k=1) for one in found]),
-        "recall@5": np.stack([one["held-out"].recall(draws.held_out, k=5) for one in found]),
+        "recall@1": np.stack([answered.recall(counts, k=1) for answered, counts in held_out]),
+        "recall@5": np.stack([answered.recall(counts, k=5) for answered, counts in held_out]),
         "guard recall@5": guard,
         "forgotten": np.stack([one["guard"].recall(draws.guard, k=5) for one in base]) - guard,
-        "ECE": np.stack([one["held-out"].ece(draws.held_out) for one in found]),
+        "ECE": np.stack([answered.ece(counts) for answered, counts in held_out]),
     }
 
 

@@ -1,5 +1,6 @@
 """Where a step's time goes, part by part, against what this device could do: its own rate of matrix products and its bandwidth."""
 
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from job.model.image import encode_images
 from job.model.loss import contrastive_loss
 from job.model.step import _on_device, _update
 from job.model.text import encode_texts
+from job.model.towers import set_compiled
 
 BANDWIDTH_BYTES = 2**28
 OPTIMISER_BYTES = 4 * (1 + 2 + 4 + 3)
@@ -211,22 +213,27 @@ def main() -> int:
     parser.add_argument("--precision", nargs="*", choices=("fp32", "bf16"), help="[default: both; fp32 on a CPU that has no other]")
     parser.add_argument("--batch", type=int, default=0, help="[default: 32 on the CPU, 1024 on a GPU; quick: 8 and 256]")
     parser.add_argument("--tokens", type=float, default=22, help="of a caption on average [default: %(default)s]")
+    parser.add_argument("--compile", action="store_true", help="also with compiled blocks")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
     batch = args.batch or ((256 if args.quick else 1024) if on_gpu else (8 if args.quick else 32))
     rounds = 1 if args.quick else args.repeats
     texts, raw = [], {}
-    for precision in args.precision or (("fp32", "bf16") if on_gpu or cpu_has_bf16() else ("fp32",)):
-        say(f"{precision}: the device's own rates")
+    precisions = args.precision or (("fp32", "bf16") if on_gpu or cpu_has_bf16() else ("fp32",))
+    for precision, compiled in itertools.product(precisions, (False, True) if args.compile else (False,)):
+        title = f"{precision}, compiled" if compiled else precision
+        say(f"{title}: the device's own rates")
         training = make_training(model=args.model, device=args.device, precision=precision, batch=batch, tokens=args.tokens)
         least = floors(training, device=args.device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-        say(f"{precision}: steps")
-        if not args.quick:
+        say(f"{title}: steps")
+        if compiled:
+            set_compiled(training.clip.module, on=True)
+        if compiled or not args.quick:
             parts_of_step(training, device=args.device)
         found = [parts_of_step(training, device=args.device) for _ in range(rounds)]
         columns = ("part", "ms", "of a step", "floor, ms", "times its floor", "the floor")
-        texts.append(f"## {precision}\n\n{table(columns, list(rows_of(found, least)))}")
-        raw[precision] = {"parts": [vars(one) for one in found], "floors": {name: vars(one) for name, one in least.items()}}
+        texts.append(f"## {title}\n\n{table(columns, list(rows_of(found, least)))}")
+        raw[title] = {"parts": [vars(one) for one in found], "floors": {name: vars(one) for name, one in least.items()}}
         del training
     what = f"{args.model} on {device_name(args.device)}, batch {batch}, captions of {args.tokens:g} tokens on average"
     made = (
