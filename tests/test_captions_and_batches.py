@@ -192,7 +192,7 @@ def test_without_random_crops_training_sees_the_evaluation_view() -> None:
     first = load(threads=1, crop_scale=1.0)[0]
     from job.data.pixels import decode, whole_view
 
-    assert torch.equal(first.images[3], whole_view(decode(tiny.picture(21)), VIEW))
+    assert np.array_equal(first.images[3].permute(1, 2, 0), whole_view(decode(tiny.picture(21)), VIEW))
 
 
 def test_closing_early_ends_the_threads(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ OPENMOJI = Path(__file__).parent.parent / "job" / "demo" / "openmoji"
 
 
 def decode(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).transpose(2, 0, 1)  # OSError is no ValueError: see below
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))  # OSError is no ValueError: see below
 
 
 def decode_or_value_error(data: bytes) -> np.ndarray:

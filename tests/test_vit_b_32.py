@@ -86,7 +86,7 @@ def test_three_real_steps_killed_resumed_and_exported(tmp_path: Path) -> None:
     exported.eval()
     trained.module.eval()
     keys = sorted(images)[:4]
-    pixels = torch.stack([whole_view(decode(images[key]), trained.view) for key in keys])
+    pixels = torch.from_numpy(np.stack([whole_view(decode(images[key]), trained.view) for key in keys])).permute(0, 3, 1, 2)
     theirs = torch.stack([preprocess(Image.open(io.BytesIO(images[key])).convert("RGB")) for key in keys])
     tokens = trained.tokenizer(["a temple", "a flower"])
     with torch.no_grad():

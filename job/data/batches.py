@@ -22,7 +22,7 @@ from torch import Tensor
 from job.data.captions import Captions, Known, TokenGroups
 from job.data.gpu_jpeg import GpuJpegs
 from job.data.order import uniforms
-from job.data.pixels import CROP_NUMBERS, BadImage, View, decode, random_crop_view, whole_view
+from job.data.pixels import CROP_NUMBERS, BadImage, Pixels, View, decode, random_crop_view, whole_view
 
 CROP_STREAM = 0
 BATCHES_AHEAD = 3
@@ -35,6 +35,9 @@ ROOMY = 2.0
 """Times the pixels of the view; images that have more are cheaper packed."""
 
 T = TypeVar("T")
+
+Augment = tuple[Callable[[Pixels | Tensor, NDArray[np.float64]], Pixels], Callable[[NDArray[np.int64]], NDArray[np.float64]]]
+"""(image, numbers) -> view, and positions -> numbers (B, k)."""
 
 
 class ImageSource(Protocol):
@@ -146,7 +149,7 @@ def load_batches(
         tokens = captions.known(texts, known_captions) if known_captions else captions.tokens(texts)
         return Batch(loaded.pixels, tokens.pinned() if pin_memory else tokens, loaded.bad)
 
-    def crop(image: Tensor, numbers: NDArray[np.float64]) -> Tensor:
+    def crop(image: Pixels | Tensor, numbers: NDArray[np.float64]) -> Pixels:
         return random_crop_view(image, view, numbers=numbers, smallest=crop_scale)
 
     def numbers_at(positions: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -199,8 +202,7 @@ def load_images(
     view: View,
     threads: int,
     finish: Callable[[Samples, Loaded], T],
-    augment: tuple[Callable[[Tensor, NDArray[np.float64]], Tensor], Callable[[NDArray[np.int64]], NDArray[np.float64]]]
-    | None = None,
+    augment: Augment | None = None,
     tally: DecodeTally | None = None,
     gpu_jpegs: GpuJpegs | None = None,
     pin_memory: bool = False,
@@ -210,31 +212,29 @@ def load_images(
 
     Args:
         finish: called on a decode thread, once for each batch.
-        augment: (image, numbers) -> view, and positions -> numbers (B, k); None: the evaluation view.
+        augment: None: the evaluation view.
     """
     chunk = gpu_jpegs.chunk if gpu_jpegs else CHUNK
-
-    def load(key: str, numbers: NDArray[np.float64] | None, slot: Tensor, image: Tensor | None = None) -> tuple[str, int]:
-        """Fills the slot. Args: image: decoded already. Returns: why it could not, and the pixels of the image."""
-        if image is None:
-            data = images.get(key)
-            if data is None:
-                return "it is not in the LMDB", 0
-            try:
-                image = decode(data)
-            except BadImage as error:
-                return str(error), 0
-        slot.copy_(whole_view(image, view) if augment is None or numbers is None else augment[0](image, numbers))
-        return "", image.shape[1] * image.shape[2]
 
     def submit(asked: Samples) -> Future[T]:
         names = [keys[int(row)] for row in asked.rows]
         # A pixel's colours lie side by side, as decoders and resize have them; the device, which is faster, rearranges them.
-        slots = torch.empty((len(names), view.height, view.width, 3), dtype=torch.uint8, pin_memory=pin_memory).permute(0, 3, 1, 2)
+        slots = torch.empty((len(names), view.height, view.width, 3), dtype=torch.uint8, pin_memory=pin_memory)
+        pixels = slots.numpy()
         numbers = augment[1](asked.positions) if augment else None
 
-        def fill(at: int, image: Tensor | None = None) -> tuple[str, int]:
-            return load(names[at], None if numbers is None else numbers[at], slots[at], image)
+        def fill(at: int, image: Pixels | Tensor | None = None) -> tuple[str, int]:
+            """Args: image: decoded already. Returns: why it could not, and the pixels of the image as it is stored."""
+            if image is None:
+                data = images.get(names[at])
+                if data is None:
+                    return "it is not in the LMDB", 0
+                try:
+                    image = decode(data)
+                except BadImage as error:
+                    return str(error), 0
+            pixels[at] = whole_view(image, view) if augment is None or numbers is None else augment[0](image, numbers[at])
+            return "", image.shape[0] * image.shape[1]
 
         def load_chunk(start: int) -> list[str]:
             began = time.monotonic()
@@ -245,8 +245,8 @@ def load_images(
                 done = gpu_jpegs.each(encoded, fill)
             done |= {at: fill(at) for at in places if at not in done}
             if tally:
-                pixels = sum(pixels for _, pixels in done.values())
-                tally.add(images=len(done), pixels=pixels, seconds=time.monotonic() - began)
+                stored = sum(stored for _, stored in done.values())
+                tally.add(images=len(done), pixels=stored, seconds=time.monotonic() - began)
             return [done[at][0] for at in places]
 
         chunks = [pool.submit(load_chunk, start) for start in range(0, len(names), chunk)]
@@ -255,7 +255,8 @@ def load_images(
             reasons = [reason for chunk in chunks for reason in chunk.result()]
             good = np.array([at for at, reason in enumerate(reasons) if not reason], dtype=np.int64)
             bad = tuple((names[at], reason) for at, reason in enumerate(reasons) if reason)
-            return finish(asked, Loaded(slots[torch.from_numpy(good)] if bad else slots, good, bad))
+            planes = slots.permute(0, 3, 1, 2)
+            return finish(asked, Loaded(planes[torch.from_numpy(good)] if bad else planes, good, bad))
 
         return pool.submit(collect)  # queued behind its chunks, so waiting for them can't block the pool
 

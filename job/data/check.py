@@ -46,7 +46,7 @@ def check_data(
 
     Args:
         token_lengths: n texts -> (n,) lengths in tokens before truncation, start and end included.
-        decode: encoded image -> array (channels, height, width). Raises ValueError, saying why, for what is no image. Thread-safe.
+        decode: encoded image -> array (height, width, channels). Raises ValueError, saying why, for what is no image. Thread-safe.
         max_bad_samples: share of missing or undecodable images above which that is an error, not a warning.
         weight_bytes, optimizer_bytes: what a checkpoint holds (AdamW in float32: 8 bytes per trained parameter); 0: unknown.
         run: path or URI of the run; the free space of a local one is compared with what the checkpoints need.

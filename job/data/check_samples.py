@@ -106,7 +106,7 @@ def _look(keys: list[str], images: Images, decode: Callable[[bytearray], Any]) -
         looked.digests[number] = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
         looked.formats[_format(data)] += 1
         try:
-            looked.sizes[number] = decode(data).shape[-2:]
+            looked.sizes[number] = decode(data).shape[:2]
         except ValueError as error:
             looked.bad.append((key, str(error)))
     return looked

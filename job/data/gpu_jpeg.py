@@ -47,7 +47,7 @@ class GpuJpegs:
         """What `view` makes of each image that is a common JPEG, by place. The rest is for the CPU, which also knows what is wrong
         with an image.
 
-        Args: view: gets the place and uint8 (3, H, W) on the device; what it makes must be on the host when it returns.
+        Args: view: gets the place and uint8 (H, W, 3) on the device; what it makes must be on the host when it returns.
         """
         pixels = {place: pixels_of_common_jpeg(data) for place, data in encoded.items()}
         done: dict[int, T] = {}

@@ -1,6 +1,8 @@
 """Encoded image -> uint8 pixels of the model's size: decode, orient, crop, resize. No global state, no normalisation.
 
-Normalisation waits for the device, so a quarter of the bytes of float32 cross the bus.
+Normalisation waits for the device, so a quarter of the bytes of float32 cross the bus. Images are NumPy's, cut and moved without a
+call into torch: each of those lets go of the interpreter and waits for it again, which is what many threads would spend their time
+on. See docs/decisions/0004-decoders.md.
 """
 
 import io
@@ -32,6 +34,9 @@ CROP_TRIES = 10
 CROP_NUMBERS = 2 * CROP_TRIES + 2
 """Random numbers that a crop uses: area and ratio for each try, then top and left."""
 
+Pixels = NDArray[np.uint8]
+"""(H, W, 3), RGB."""
+
 _PPM = re.compile(rb"P6\n(\d{1,9}) (\d{1,9})\n255\n")
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 
@@ -53,10 +58,9 @@ class View:
     fill_color: int = 0
 
 
-def decode(data: bytes | bytearray) -> Tensor:
-    """RGB pixels, upright by EXIF, transparent parts over white; the first frame of an animation.
+def decode(data: bytes | bytearray) -> Pixels:
+    """Pixels upright by EXIF, transparent parts over white; the first frame of an animation.
 
-    Returns: uint8 (3, H, W).
     Raises: BadImage, saying why.
     """
     if not data:
@@ -75,25 +79,26 @@ def decode(data: bytes | bytearray) -> Tensor:
         raise BadImage(str(error).splitlines()[0][:200] if str(error) else type(error).__name__) from None
 
 
-def _decode_jpeg(data: bytes | bytearray, *, has_exif: bool) -> Tensor:
+def _decode_jpeg(data: bytes | bytearray, *, has_exif: bool) -> Pixels:
     if torchvision_io is None:
         return _decode_with_pillow(data)
-    raw = _as_tensor(data)
-    decoded: Tensor = torchvision_io.decode_jpeg(raw, mode=torchvision_io.ImageReadMode.RGB, apply_exif_orientation=has_exif)
-    return decoded
+    raw = torch.frombuffer(_writable(data), dtype=torch.uint8)
+    # What torchvision.io.decode_jpeg calls, which notes each use besides and waits for the interpreter after it.
+    decoded: Pixels = torch.ops.image.decode_jpeg(raw, torchvision_io.ImageReadMode.RGB.value, has_exif).numpy()
+    return decoded.transpose(1, 2, 0)
 
 
-def _decode_ppm(data: bytes | bytearray, *, at: int, width: int, height: int) -> Tensor:
+def _decode_ppm(data: bytes | bytearray, *, at: int, width: int, height: int) -> Pixels:
     """Of what `clipjob pack --format ppm` writes; the pixels begin at `at`."""
     _refuse_bomb(height, width)
     if missing := at + 3 * height * width - len(data):
         raise BadImage(f"it is cut off: {missing} bytes are missing")
-    return _as_tensor(data)[at:].view(height, width, 3).permute(2, 0, 1)
+    return np.frombuffer(_writable(data), np.uint8, count=3 * height * width, offset=at).reshape(height, width, 3)
 
 
-def _as_tensor(data: bytes | bytearray) -> Tensor:
-    """uint8 (N,). Nothing is copied from a bytearray."""
-    return torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
+def _writable(data: bytes | bytearray) -> bytearray:
+    """What torch takes without a warning. Nothing is copied of a bytearray."""
+    return data if isinstance(data, bytearray) else bytearray(data)
 
 
 def _jpeg_frame(data: bytes | bytearray) -> tuple[int, int, int]:
@@ -123,12 +128,12 @@ def pixels_of_common_jpeg(data: bytes | bytearray) -> int:
 
 
 def decode_common_jpegs(data: Sequence[bytes | bytearray], *, device: torch.device) -> list[Tensor]:
-    """uint8 (3, H, W) each, on the device. Raises: RuntimeError, for all if one of them can't be decoded."""
+    """uint8 (H, W, 3) each, on the device. Raises: RuntimeError, for all if one of them can't be decoded."""
     if torchvision_io is None:
         raise RuntimeError("torchvision has no decoders any more")
-    raw = [_as_tensor(image) for image in data]
+    raw = [torch.frombuffer(_writable(image), dtype=torch.uint8) for image in data]
     decoded: list[Tensor] = torchvision_io.decode_jpeg(raw, mode=torchvision_io.ImageReadMode.RGB, device=device)
-    return decoded
+    return [image.permute(1, 2, 0) for image in decoded]
 
 
 def _refuse_bomb(height: int, width: int) -> None:
@@ -136,7 +141,7 @@ def _refuse_bomb(height: int, width: int) -> None:
         raise BadImage(f"it claims {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}")
 
 
-def _decode_with_pillow(data: bytes | bytearray) -> Tensor:
+def _decode_with_pillow(data: bytes | bytearray) -> Pixels:
     with Image.open(io.BytesIO(data)) as opened:
         _refuse_bomb(opened.height, opened.width)
         image = ImageOps.exif_transpose(opened)
@@ -147,20 +152,20 @@ def _decode_with_pillow(data: bytes | bytearray) -> Tensor:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return np.array(image.convert("RGB"))
 
 
-def random_crop_view(image: Tensor, view: View, *, numbers: NDArray[np.float64], smallest: float) -> Tensor:
+def random_crop_view(image: Pixels | Tensor, view: View, *, numbers: NDArray[np.float64], smallest: float) -> Pixels:
     """A random part of the image, resized to the view.
 
     Args:
-        image: uint8 (3, H, W).
+        image: as from decode, or one such on a GPU.
         numbers: (CROP_NUMBERS,) in [0, 1), the only source of randomness.
         smallest: smallest share of the area that is kept.
-    Returns: uint8 (3, view.height, view.width).
+    Returns: (view.height, view.width, 3).
     """
-    top, left, height, width = crop_box(image.shape[1], image.shape[2], numbers=numbers, smallest=smallest)
-    return _resize(image[:, top : top + height, left : left + width], view.height, view.width, view.interpolation)
+    top, left, height, width = crop_box(image.shape[0], image.shape[1], numbers=numbers, smallest=smallest)
+    return _resized(image[top : top + height, left : left + width], view.height, view.width, view.interpolation)
 
 
 def crop_box(height: int, width: int, *, numbers: NDArray[np.float64], smallest: float) -> tuple[int, int, int, int]:
@@ -182,57 +187,52 @@ def crop_box(height: int, width: int, *, numbers: NDArray[np.float64], smallest:
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def whole_view(image: Tensor, view: View) -> Tensor:
+def whole_view(image: Pixels | Tensor, view: View) -> Pixels:
     """The view that evaluation and the exported model use: open_clip's own preprocessing, in uint8.
 
-    Args: image: uint8 (3, H, W). Returns: uint8 (3, view.height, view.width).
+    Args: image: as from decode, or one such on a GPU. Returns: (view.height, view.width, 3).
     """
-    height, width = image.shape[1], image.shape[2]
+    height, width = image.shape[:2]
     if view.resize_mode == "squash":
-        return _resize(image, view.height, view.width, view.interpolation)
+        return _resized(image, view.height, view.width, view.interpolation)
     scales = view.height / height, view.width / width
     shortest = view.resize_mode == "shortest"
     scale = max(scales) if shortest else min(scales)
     to_whole = math.floor if shortest and view.height == view.width else round  # as open_clip's transforms round
     new_height, new_width = (max(1, to_whole(side * scale + 1e-6)) for side in (height, width))
-    return _centred(_resize(image, new_height, new_width, view.interpolation), view)
+    return _centred(_resized(image, new_height, new_width, view.interpolation), view)
 
 
-def _centred(image: Tensor, view: View) -> Tensor:
+def _centred(image: Pixels, view: View) -> Pixels:
     """Cuts what is too large and pads what is too small, around the centre."""
-    missing_rows, missing_columns = max(0, view.height - image.shape[1]), max(0, view.width - image.shape[2])
+    missing_rows, missing_columns = max(0, view.height - image.shape[0]), max(0, view.width - image.shape[1])
     if missing_rows or missing_columns:
-        left, top = missing_columns // 2, missing_rows // 2
-        edges = (left, missing_columns - left, top, missing_rows - top)
-        image = torch.nn.functional.pad(image, edges, value=view.fill_color)
-    top, left = round((image.shape[1] - view.height) / 2), round((image.shape[2] - view.width) / 2)
-    return image[:, top : top + view.height, left : left + view.width]
+        top, left = missing_rows // 2, missing_columns // 2
+        edges = (top, missing_rows - top), (left, missing_columns - left), (0, 0)
+        image = np.pad(image, edges, constant_values=view.fill_color)
+    top, left = round((image.shape[0] - view.height) / 2), round((image.shape[1] - view.width) / 2)
+    return image[top : top + view.height, left : left + view.width]
 
 
-def _resize(image: Tensor, height: int, width: int, interpolation: str) -> Tensor:
-    if tuple(image.shape[1:]) == (height, width):
+def _resized(image: Pixels | Tensor, height: int, width: int, interpolation: str) -> Pixels:
+    if isinstance(image, Tensor):
+        if image.device.type != "cpu":
+            return _resized_in_float(image, height, width, interpolation)
+        image = image.numpy()
+    if image.shape[:2] == (height, width):
         return image
-    if image.device.type == "cuda":
-        return _resized_in_float(image, height, width, interpolation)
-    resized: Tensor = torch.nn.functional.interpolate(
-        _side_by_side(image), size=(height, width), mode=interpolation, antialias=True
-    )
-    return resized[0]
+    # Torch's resize takes one layout as it is: whole, and a pixel's colours side by side.
+    planes = torch.from_numpy(np.ascontiguousarray(image).reshape(1, *image.shape).transpose(0, 3, 1, 2))
+    resized = torch.nn.functional.interpolate(planes, size=(height, width), mode=interpolation, antialias=True)
+    pixels: Pixels = resized.numpy()[0].transpose(1, 2, 0)
+    return pixels
 
 
-def _resized_in_float(image: Tensor, height: int, width: int, interpolation: str) -> Tensor:
-    """For devices whose resize knows no uint8. Like that one it is Pillow's to two levels, on photographs."""
-    resized = torch.nn.functional.interpolate(image[None].float(), size=(height, width), mode=interpolation, antialias=True)
-    return resized.round_().clamp_(0, 255).to(torch.uint8, memory_format=torch.channels_last)[0]  # as a batch has it
-
-
-def _side_by_side(image: Tensor) -> Tensor:
-    """(1, 3, H, W) with a pixel's colours side by side in memory, the one layout that torch's resize takes as it is.
-
-    Of a cut through such an image whole rows are copied: torch's own copy goes byte by byte and takes twice as long.
-    """
-    rows = image.permute(1, 2, 0)
-    height, width, _ = rows.shape
-    if rows.stride()[1:] == (3, 1) and rows.stride(0) != 3 * width:
-        rows = rows.as_strided((height, 3 * width), (rows.stride(0), 1), rows.storage_offset()).contiguous().view(height, width, 3)
-    return rows.contiguous()[None].permute(0, 3, 1, 2)
+def _resized_in_float(image: Tensor, height: int, width: int, interpolation: str) -> Pixels:
+    """On a GPU, whose resize knows no uint8. Like the other it is Pillow's to two levels, on photographs."""
+    planes = image.permute(2, 0, 1)[None]
+    if tuple(image.shape[:2]) != (height, width):
+        planes = torch.nn.functional.interpolate(planes.float(), size=(height, width), mode=interpolation, antialias=True)
+        planes = planes.round_().clamp_(0, 255).to(torch.uint8)
+    pixels: Pixels = planes[0].permute(1, 2, 0).contiguous().cpu().numpy()
+    return pixels

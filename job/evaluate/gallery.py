@@ -193,7 +193,7 @@ def shortened(text: str) -> str:
 def thumbnail(data: bytes | bytearray) -> str:
     """A small JPEG as a data URI; empty, if it is no image."""
     try:
-        image = Image.fromarray(decode(data).permute(1, 2, 0).contiguous().numpy())
+        image = Image.fromarray(decode(data))
     except BadImage:
         return ""
     image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
