@@ -1,6 +1,8 @@
 """From rows to batches: captions, tokens, pixels, and images that can't be decoded."""
 
+import contextlib
 import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -143,8 +145,9 @@ class Store:
     def __init__(self, content: dict[str, bytes]) -> None:
         self._content = content
 
-    def get(self, key: str) -> bytes | None:
-        return self._content.get(key)
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Callable[[str], bytes | None]]:
+        yield self._content.get
 
 
 def load(*, threads: int, crop_scale: float = 0.5, broken: tuple[int, ...] = ()) -> list[Batch]:

@@ -1,10 +1,11 @@
 """JPEGs decoded by a GPU. The device here is the CPU, which torchvision decodes a list of JPEGs on in the same way."""
 
+import contextlib
 import io
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,8 +77,9 @@ class Mixed:
         self._content[str(self.BROKEN)] = whole[: whole.index(b"\xff\xda") + 14]
         del self._content[str(self.ABSENT)]
 
-    def get(self, key: str) -> bytes | None:
-        return self._content.get(key)
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Callable[[str], bytes | None]]:
+        yield self._content.get
 
 
 def load(gpu: GpuJpegs | None, tally: DecodeTally | None = None, *, threads: int = 4) -> list[Batch]:

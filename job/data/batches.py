@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from job.data.captions import Captions, Known, TokenGroups
 from job.data.gpu_jpeg import GpuJpegs
 from job.data.order import uniforms
-from job.data.pixels import CROP_NUMBERS, BadImage, Pixels, View, decode, random_crop_view, whole_view
+from job.data.pixels import CROP_NUMBERS, BadImage, Encoded, Pixels, View, decode, random_crop_view, whole_view
 
 CROP_STREAM = 0
 BATCHES_AHEAD = 3
@@ -40,8 +41,12 @@ Augment = tuple[Callable[[Pixels | Tensor, NDArray[np.float64]], Pixels], Callab
 """(image, numbers) -> view, and positions -> numbers (B, k)."""
 
 
+Get = Callable[[str], Encoded | None]
+"""From a key to the encoded image, if there is one."""
+
+
 class ImageSource(Protocol):
-    def get(self, key: str) -> bytes | bytearray | None: ...
+    def reading(self) -> AbstractContextManager[Get]: ...
 
 
 class Keys(Protocol):
@@ -223,27 +228,30 @@ def load_images(
         pixels = slots.numpy()
         numbers = augment[1](asked.positions) if augment else None
 
-        def fill(at: int, image: Pixels | Tensor | None = None) -> tuple[str, int]:
-            """Args: image: decoded already. Returns: why it could not, and the pixels of the image as it is stored."""
-            if image is None:
-                data = images.get(names[at])
-                if data is None:
-                    return "it is not in the LMDB", 0
-                try:
-                    image = decode(data)
-                except BadImage as error:
-                    return str(error), 0
+        def fill(at: int, image: Pixels | Tensor) -> tuple[str, int]:
+            """Returns: nothing to complain of, and the pixels of the image as it is stored."""
             pixels[at] = whole_view(image, view) if augment is None or numbers is None else augment[0](image, numbers[at])
             return "", image.shape[0] * image.shape[1]
+
+        def load(at: int, get: Get) -> tuple[str, int]:
+            """Returns: why it could not, and the pixels of the image as it is stored."""
+            data = get(names[at])
+            if data is None:
+                return "it is not in the LMDB", 0
+            try:
+                return fill(at, decode(data))
+            except BadImage as error:
+                return str(error), 0
 
         def load_chunk(start: int) -> list[str]:
             began = time.monotonic()
             places = range(start, min(start + chunk, len(names)))
             done: dict[int, tuple[str, int]] = {}
-            if gpu_jpegs:
-                encoded = {at: data for at in places if (data := images.get(names[at])) is not None}
-                done = gpu_jpegs.each(encoded, fill)
-            done |= {at: fill(at) for at in places if at not in done}
+            with images.reading() as get:
+                if gpu_jpegs:
+                    encoded = {at: data for at in places if (data := get(names[at])) is not None}
+                    done = gpu_jpegs.each(encoded, fill)
+                done |= {at: load(at, get) for at in places if at not in done}
             if tally:
                 stored = sum(stored for _, stored in done.values())
                 tally.add(images=len(done), pixels=stored, seconds=time.monotonic() - began)

@@ -27,7 +27,7 @@ def check_data(
     images: Images,
     *,
     token_lengths: Callable[[list[str]], NDArray[np.int64]],
-    decode: Callable[[bytearray], Any],
+    decode: Callable[[bytes], Any],
     context_length: int,
     global_batch_size: int,
     epochs: float,

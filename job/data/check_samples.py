@@ -97,7 +97,7 @@ class _Looked:
     bad: list[tuple[str, str]]
 
 
-def _look(keys: list[str], images: Images, decode: Callable[[bytearray], Any]) -> _Looked:
+def _look(keys: list[str], images: Images, decode: Callable[[bytes], Any]) -> _Looked:
     looked = _Looked(np.zeros((len(keys), 2), np.int32), np.zeros(len(keys), np.uint64), Counter(), [])
     for number, key in enumerate(keys):
         data = images.get(key)
@@ -112,7 +112,7 @@ def _look(keys: list[str], images: Images, decode: Callable[[bytearray], Any]) -
     return looked
 
 
-def _format(data: bytes | bytearray) -> str:
+def _format(data: bytes) -> str:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((name for magic, name in _FORMATS if data.startswith(magic)), "other")
@@ -124,7 +124,7 @@ def check_images(
     images: Images,
     *,
     is_held_out: NDArray[np.bool_],
-    decode: Callable[[bytearray], Any],
+    decode: Callable[[bytes], Any],
     threads: int,
     max_bad_samples: float,
 ) -> Findings:

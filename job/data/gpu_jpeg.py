@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from job.data.pixels import decode_common_jpegs, pixels_of_common_jpeg
+from job.data.pixels import Encoded, decode_common_jpegs, pixels_of_common_jpeg
 from job.runtime.device import device_failure
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class GpuJpegs:
         for _ in range(AT_ONCE):
             self._streams.put(torch.cuda.Stream(device) if device.type == "cuda" else None)
 
-    def each(self, encoded: Mapping[int, bytes | bytearray], view: Callable[[int, Tensor], T]) -> dict[int, T]:
+    def each(self, encoded: Mapping[int, Encoded], view: Callable[[int, Tensor], T]) -> dict[int, T]:
         """What `view` makes of each image that is a common JPEG, by place. The rest is for the CPU, which also knows what is wrong
         with an image.
 
@@ -73,7 +73,7 @@ class GpuJpegs:
         finally:
             self._streams.put(stream)
 
-    def _decoded(self, encoded: Mapping[int, bytes | bytearray]) -> dict[int, Tensor]:
+    def _decoded(self, encoded: Mapping[int, Encoded]) -> dict[int, Tensor]:
         """Those that can be decoded: one that can't fails all that are decoded with it, so these are tried in halves."""
         try:
             return dict(zip(encoded, decode_common_jpegs(list(encoded.values()), device=self._device), strict=True))

@@ -1,5 +1,6 @@
 """The LMDB of encoded images: read-only, from any number of threads, also on a read-only file system."""
 
+import contextlib
 import itertools
 import os
 import unicodedata
@@ -31,17 +32,30 @@ class Images:
         self._shards = tuple(shards)
         self._entries = sum(shard.entries for shard in shards)
 
-    def get(self, key: str) -> bytearray | None:
-        """The encoded image, a copy that outlives the transaction; None if there is no such key. Raises: DataError.
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Callable[[str], memoryview | None]]:
+        """A function from keys to encoded images, None where there is no such key. For one thread, as long as the context lasts:
+        images are read where they lie, and nothing is copied. Raises: DataError."""
+        with contextlib.ExitStack() as opened:
+            getters: list[Callable[[bytes], memoryview | None]] = []
 
-        A bytearray, because torch takes what may be written to without copying it again.
-        """
-        encoded = key.encode()
-        if 0 < len(encoded) <= MAX_KEY_BYTES:
-            for shard in self._shards:
-                if (value := shard.get(encoded)) is not None:
-                    return value
-        return None
+            def get(key: str) -> memoryview | None:
+                encoded = key.encode()
+                if 0 < len(encoded) <= MAX_KEY_BYTES:
+                    for number, shard in enumerate(self._shards):
+                        if number == len(getters):
+                            getters.append(opened.enter_context(shard.reading()))
+                        if (value := getters[number](encoded)) is not None:
+                            return value
+                return None
+
+            yield get
+
+    def get(self, key: str) -> bytes | None:
+        """A copy of the encoded image; None if there is no such key. Raises: DataError."""
+        with self.reading() as get:
+            value = get(key)
+            return None if value is None else bytes(value)
 
     def __contains__(self, key: str) -> bool:
         encoded = key.encode()

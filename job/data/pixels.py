@@ -26,6 +26,7 @@ try:
     warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
 except ImportError:
     torchvision_io = None
+warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")  # images are only read
 
 MAX_IMAGE_PIXELS = 178_956_970
 """Larger images are refused before memory is taken for them; the limit Pillow uses against decompression bombs."""
@@ -34,6 +35,7 @@ CROP_TRIES = 10
 CROP_NUMBERS = 2 * CROP_TRIES + 2
 """Random numbers that a crop uses: area and ratio for each try, then top and left."""
 
+Encoded = bytes | bytearray | memoryview
 Pixels = NDArray[np.uint8]
 """(H, W, 3), RGB."""
 
@@ -58,7 +60,7 @@ class View:
     fill_color: int = 0
 
 
-def decode(data: bytes | bytearray) -> Pixels:
+def decode(data: Encoded) -> Pixels:
     """Pixels upright by EXIF, transparent parts over white; the first frame of an animation.
 
     Raises: BadImage, saying why.
@@ -69,7 +71,7 @@ def decode(data: bytes | bytearray) -> Pixels:
         if data[:3] == b"\xff\xd8\xff":
             height, width, at = _jpeg_frame(data)
             _refuse_bomb(height, width)
-            return _decode_jpeg(data, has_exif=data.find(b"Exif", 0, at) >= 0)
+            return _decode_jpeg(data, has_exif=b"Exif" in bytes(data[:at]))
         if (header := _PPM.match(data)) and len(data) - header.end() <= 3 * int(header[1]) * int(header[2]):
             return _decode_ppm(data, at=header.end(), width=int(header[1]), height=int(header[2]))
         return _decode_with_pillow(data)
@@ -79,29 +81,24 @@ def decode(data: bytes | bytearray) -> Pixels:
         raise BadImage(str(error).splitlines()[0][:200] if str(error) else type(error).__name__) from None
 
 
-def _decode_jpeg(data: bytes | bytearray, *, has_exif: bool) -> Pixels:
+def _decode_jpeg(data: Encoded, *, has_exif: bool) -> Pixels:
     if torchvision_io is None:
         return _decode_with_pillow(data)
-    raw = torch.frombuffer(_writable(data), dtype=torch.uint8)
+    raw = torch.frombuffer(data, dtype=torch.uint8)
     # What torchvision.io.decode_jpeg calls, which notes each use besides and waits for the interpreter after it.
     decoded: Pixels = torch.ops.image.decode_jpeg(raw, torchvision_io.ImageReadMode.RGB.value, has_exif).numpy()
     return decoded.transpose(1, 2, 0)
 
 
-def _decode_ppm(data: bytes | bytearray, *, at: int, width: int, height: int) -> Pixels:
+def _decode_ppm(data: Encoded, *, at: int, width: int, height: int) -> Pixels:
     """Of what `clipjob pack --format ppm` writes; the pixels begin at `at`."""
     _refuse_bomb(height, width)
     if missing := at + 3 * height * width - len(data):
         raise BadImage(f"it is cut off: {missing} bytes are missing")
-    return np.frombuffer(_writable(data), np.uint8, count=3 * height * width, offset=at).reshape(height, width, 3)
+    return np.frombuffer(data, np.uint8, count=3 * height * width, offset=at).reshape(height, width, 3)
 
 
-def _writable(data: bytes | bytearray) -> bytearray:
-    """What torch takes without a warning. Nothing is copied of a bytearray."""
-    return data if isinstance(data, bytearray) else bytearray(data)
-
-
-def _jpeg_frame(data: bytes | bytearray) -> tuple[int, int, int]:
+def _jpeg_frame(data: Encoded) -> tuple[int, int, int]:
     """(height, width, offset) of the first frame header, without decoding. Metadata comes before it."""
     at = 2
     while at + 9 <= len(data):
@@ -114,7 +111,7 @@ def _jpeg_frame(data: bytes | bytearray) -> tuple[int, int, int]:
     raise BadImage("it is a JPEG without a frame header")
 
 
-def pixels_of_common_jpeg(data: bytes | bytearray) -> int:
+def pixels_of_common_jpeg(data: Encoded) -> int:
     """How many it says that it has; 0 for what not every decoder takes alike: other than baseline, YCbCr and upright."""
     if data[:3] != b"\xff\xd8\xff":
         return 0
@@ -123,15 +120,15 @@ def pixels_of_common_jpeg(data: bytes | bytearray) -> int:
     except BadImage:
         return 0
     baseline, eight_bits, colours = data[at + 1] == 0xC0, data[at + 4] == 8, data[at + 9 : at + 10] == b"\x03"
-    special = any(data.find(mark, 0, at) >= 0 for mark in (b"Exif", b"Adobe"))  # turned; perhaps in other colours
+    special = any(mark in bytes(data[:at]) for mark in (b"Exif", b"Adobe"))  # turned; perhaps in other colours
     return height * width if baseline and eight_bits and colours and not special else 0
 
 
-def decode_common_jpegs(data: Sequence[bytes | bytearray], *, device: torch.device) -> list[Tensor]:
+def decode_common_jpegs(data: Sequence[Encoded], *, device: torch.device) -> list[Tensor]:
     """uint8 (H, W, 3) each, on the device. Raises: RuntimeError, for all if one of them can't be decoded."""
     if torchvision_io is None:
         raise RuntimeError("torchvision has no decoders any more")
-    raw = [torch.frombuffer(_writable(image), dtype=torch.uint8) for image in data]
+    raw = [torch.frombuffer(image, dtype=torch.uint8) for image in data]
     decoded: list[Tensor] = torchvision_io.decode_jpeg(raw, mode=torchvision_io.ImageReadMode.RGB, device=device)
     return [image.permute(1, 2, 0) for image in decoded]
 
@@ -141,7 +138,7 @@ def _refuse_bomb(height: int, width: int) -> None:
         raise BadImage(f"it claims {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}")
 
 
-def _decode_with_pillow(data: bytes | bytearray) -> Pixels:
+def _decode_with_pillow(data: Encoded) -> Pixels:
     with Image.open(io.BytesIO(data)) as opened:
         _refuse_bomb(opened.height, opened.width)
         image = ImageOps.exif_transpose(opened)

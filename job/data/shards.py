@@ -1,8 +1,9 @@
 """One LMDB file, opened once per process however many use it: read-only, also on a read-only file system."""
 
+import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,23 @@ class Shard:
         self.entries: int = environment.stat()["entries"]
         self._environment: Any = environment
 
-    def get(self, key: bytes) -> bytearray | None:
-        """A copy of the value that outlives the transaction; None if there is no such key."""
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Callable[[bytes], memoryview | None]]:
+        """A function from keys to values, None where there is no such key. Values lie in the file: they end with the context."""
         try:
-            with self._environment.begin(buffers=True) as transaction:
-                value: memoryview | None = transaction.get(key)
-                return None if value is None else bytearray(value)
+            transaction = self._environment.begin(buffers=True)
         except _DAMAGES as error:
             raise self._damaged(error) from None
+
+        def get(key: bytes) -> memoryview | None:
+            try:
+                value: memoryview | None = transaction.get(key)
+            except _DAMAGES as error:
+                raise self._damaged(error) from None
+            return value
+
+        with transaction:
+            yield get
 
     def __contains__(self, key: bytes) -> bool:
         try:

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from job.data.batches import ImageSource
+from job.data.batches import Get, ImageSource
 from job.data.captions import Captions
-from job.data.pixels import BadImage, decode
+from job.data.pixels import BadImage, Encoded, decode
 from job.evaluate.calibration import reliability
 from job.evaluate.encode import HeldOut, encode_held_out, group_pairs
 from job.model.build import ClipModel
@@ -156,7 +156,8 @@ def _described(
     lead = after.probability.amax(dim=1) - (after.probability * right_IT).amax(dim=1)
     order = sorted(range(len(keys)), key=lambda at: (-int(after.rank[at]), -float(lead[at]), at))
     worst = [at for at in order[:MISTAKES] if after.rank[at] > 0]
-    entries = {at: _entry(at, keys[at], right_IT, judged, images=images) for at in {*range(min(SHOWN, len(keys))), *worst}}
+    with images.reading() as get:
+        entries = {at: _entry(at, keys[at], right_IT, judged, get=get) for at in {*range(min(SHOWN, len(keys))), *worst}}
     named = sorted({text for entry in entries.values() for text in _texts_in(entry)})
     return {
         "texts": {str(text): shortened(texts[text]) for text in named},
@@ -166,10 +167,10 @@ def _described(
     }
 
 
-def _entry(at: int, key: str, right_IT: Tensor, judged: dict[str, Judged], *, images: ImageSource) -> dict[str, Any]:
+def _entry(at: int, key: str, right_IT: Tensor, judged: dict[str, Judged], *, get: Get) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "key": shortened(key),
-        "thumbnail": thumbnail(images.get(key) or b""),
+        "thumbnail": thumbnail(get(key) or b""),
         "right": right_IT[at].nonzero()[:CAPTIONS, 0].tolist(),
     }
     for name, one in judged.items():
@@ -190,7 +191,7 @@ def shortened(text: str) -> str:
     return text if len(text) <= CAPTION_LETTERS else text[: CAPTION_LETTERS - 1] + "…"
 
 
-def thumbnail(data: bytes | bytearray) -> str:
+def thumbnail(data: Encoded) -> str:
     """A small JPEG as a data URI; empty, if it is no image."""
     try:
         image = Image.fromarray(decode(data))
