@@ -13,6 +13,7 @@ import torch
 
 from job.data.batches import Batch, DecodeTally, Samples, load_batches
 from job.data.captions import Captions, find_tag_separator, full_lengths, split_tags
+from job.data.images import open_images
 from job.data.pixels import View
 
 TOKENIZER = open_clip.get_tokenizer("ViT-B-32")
@@ -196,6 +197,22 @@ def test_without_random_crops_training_sees_the_evaluation_view() -> None:
     from job.data.pixels import decode, whole_view
 
     assert np.array_equal(first.images[3].permute(1, 2, 0), whole_view(decode(tiny.picture(21)), VIEW))
+
+
+def test_batches_outlive_the_file_that_their_pixels_lay_in(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (40, VIEW.height, VIEW.width, 3), dtype=np.uint8)
+    header = f"P6\n{VIEW.width} {VIEW.height}\n255\n".encode()
+    keys = [str(number) for number in range(40)]
+    packed = {key: header + picture.tobytes() for key, picture in zip(keys, pictures, strict=True)}
+    images = open_images(tiny.write_lmdb(tmp_path / "images.lmdb", packed))
+    samples = [Samples(np.arange(at, at + 20), np.arange(at, at + 20)) for at in (0, 20)]
+    made = list(
+        load_batches(samples, keys=keys, images=images, captions=captions(keys), view=VIEW, threads=4, seed=0, crop_scale=1.0)
+    )
+    images.close()
+    (tmp_path / "images.lmdb" / "data.mdb").write_bytes(b"")
+    assert np.array_equal(torch.cat([batch.images for batch in made]).permute(0, 2, 3, 1), pictures)
 
 
 def test_closing_early_ends_the_threads(tmp_path: Path) -> None:

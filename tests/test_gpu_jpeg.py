@@ -25,7 +25,7 @@ from job.data.batches import Batch, DecodeTally, Samples, load_batches
 from job.data.gpu_jpeg import GpuJpegs
 from job.data.images import open_images
 from job.data.manifest import read_manifest
-from job.data.pixels import View, _resized_in_float, pixels_of_common_jpeg
+from job.data.pixels import Encoded, View, _resized_in_float, pixels_of_common_jpeg
 from job.runtime.world import ALONE
 
 CPU = torch.device("cpu")
@@ -179,11 +179,14 @@ def test_few_tasks_are_on_the_gpu_at_a_time() -> None:
 def test_the_resize_of_a_gpu_is_that_of_pillow_to_two_levels(size: tuple[int, int], interpolation: str) -> None:
     with Image.open(io.BytesIO(tiny.picture(3, width=340, height=260))) as photo:
         pixels = np.array(photo)
-    resized = _resized_in_float(torch.from_numpy(pixels), *size, interpolation)
-    assert resized.dtype == np.uint8
+    planes = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # as nvJPEG has them
+    resized = _resized_in_float(planes.permute(1, 2, 0)[10:250, 20:330], *size, interpolation)
+    assert resized.dtype == torch.uint8
+    assert resized.is_contiguous()
+    pixels = pixels[10:250, 20:330]
     how = Image.Resampling[interpolation.upper()]
     expected = np.array(Image.fromarray(pixels).resize(size[::-1], how))
-    differences = np.abs(resized.astype(int) - expected)
+    differences = np.abs(resized.numpy().astype(int) - expected)
     assert np.quantile(differences, 0.999) <= 2
     assert differences.mean() < 0.5
 
@@ -195,7 +198,7 @@ class Quick(GpuJpegs):
         super().__init__(CPU)
         self._error = error
 
-    def each(self, encoded: Mapping[int, bytes | bytearray], view: Callable[[int, torch.Tensor], Any]) -> dict[int, Any]:
+    def each(self, encoded: Mapping[int, Encoded], view: Callable[[int, torch.Tensor], Any]) -> dict[int, Any]:
         return {
             place: view(place, torch.full((224, 224, 3), 7 + (self._error if place == 99 else 0), dtype=torch.uint8))
             for place in encoded
@@ -203,13 +206,13 @@ class Quick(GpuJpegs):
 
 
 class Slow(GpuJpegs):
-    def each(self, encoded: Mapping[int, bytes | bytearray], view: Callable[[int, torch.Tensor], Any]) -> dict[int, Any]:
+    def each(self, encoded: Mapping[int, Encoded], view: Callable[[int, torch.Tensor], Any]) -> dict[int, Any]:
         time.sleep(0.05)
         return super().each(encoded, view)
 
 
 class Failing(GpuJpegs):
-    def each(self, encoded: Mapping[int, bytes | bytearray], view: Callable[[int, torch.Tensor], Any]) -> dict[int, Any]:
+    def each(self, encoded: Mapping[int, Encoded], view: Callable[[int, torch.Tensor], Any]) -> dict[int, Any]:
         raise RuntimeError("nvJPEG is not here.")
 
 

@@ -112,6 +112,36 @@ def test_many_threads_read_at_once(tmp_path):
     images.close()
 
 
+def test_one_reading_sees_every_lmdb_and_leaves_nothing_behind(tmp_path):
+    first = make_lmdb(tmp_path / "x.lmdb", {"both": b"first"})
+    second = make_lmdb(tmp_path / "y.lmdb", {"b": b"two", "both": b"second", "empty": b""})
+    images = open_images([first, second])
+    with images.reading() as read:
+        found = [read(key) for key in ("b", "both", "empty", "none", "", "k" * 600)]
+        assert found == [b"two", b"first", b"", None, None, None]
+        assert all(value.readonly for value in found[:3])
+    with pytest.raises(RuntimeError, match="of the caller"), images.reading():
+        raise RuntimeError("of the caller")
+    assert images.get("b") == b"two"
+    images.close()
+
+
+def test_damage_names_the_file_that_has_it(tmp_path):
+    whole = make_lmdb(tmp_path / "x.lmdb", {"a": b"one"})
+    broken = make_lmdb(tmp_path / "y.lmdb", {str(number): b"two" for number in range(1000)})
+    pages = bytearray((broken / "data.mdb").read_bytes())
+    for page in range(2 * 4096, len(pages), 4096):
+        if pages[page + 10] == 2:  # flags of a leaf
+            pages[page + 10] = 0
+    (broken / "data.mdb").write_bytes(pages)
+    images = open_images([whole, broken])
+    with images.reading() as read:
+        assert read("a") == b"one"
+        with pytest.raises(DataError, match=r"y\.lmdb is damaged .*pack it again"):
+            read("7")
+    images.close()
+
+
 def test_a_read_only_folder_stays_as_it_is(tmp_path):
     path = make_lmdb(tmp_path / "x.lmdb", {"a": b"one"})
     (path / "lock.mdb").unlink()

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from benchmarks.images import write_photos
+from job.data import pixels as pixels_module
 from job.data.order import uniforms
 from job.data.pixels import CROP_NUMBERS, BadImage, Pixels, View, _resized, crop_box, decode, random_crop_view, whole_view
 
@@ -127,14 +128,41 @@ def _bomb() -> bytes:
         (encoded(photo(), "PNG")[:2000], "truncated"),
         (encoded(photo(), "PPM")[:2000], "cut off: 2681. bytes are missing"),
         (b"P6\n99999999 99999999\n255\n", "99999999 x 99999999"),
+        (b"P6\n0 0\n255\n", "no pixels"),
         (_bomb(), "65535 x 65535"),
         (b"\xff\xd8" + b"\xff" * 5000, "without a frame header"),
     ],
-    ids=["empty", "html", "no frame", "cut jpeg", "cut png", "cut ppm", "ppm bomb", "bomb", "fill bytes"],
+    ids=["empty", "html", "no frame", "cut jpeg", "cut png", "cut ppm", "ppm bomb", "empty ppm", "bomb", "fill bytes"],
 )
 def test_what_is_no_image_says_why(data: bytes, reason: str) -> None:
     with pytest.raises(BadImage, match=reason):
         decode(data)
+
+
+def test_a_strip_that_would_become_huge_is_refused() -> None:
+    strip = decode(b"P6\n1 65535\n255\n" + bytes(3 * 65535))
+    with pytest.raises(BadImage, match="224 x 14679840 pixels"):
+        whole_view(strip, View(224, 224, "bicubic", "shortest"))
+    assert whole_view(strip, View(32, 32, "bicubic", "longest")).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_view_of_a_file_is_decoded_like_a_copy(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    files = [encoded(photo(31, 17), kind, exif=exif) for kind in ("JPEG", "PNG")] + [encoded(photo(31, 17), "PPM")]
+    view = View(16, 16, "bicubic", "shortest")
+    for data in files:
+        copy, in_place = decode(bytearray(data)), decode(memoryview(data))
+        assert np.array_equal(copy, in_place)
+        assert np.array_equal(whole_view(np.ascontiguousarray(copy), view), whole_view(in_place, view))
+
+
+def test_without_torchvisions_decoder_pillow_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(photo(), "JPEG", quality=90)
+    expected = decode(data).astype(int)
+    monkeypatch.setattr(pixels_module, "_decode_jpeg_op", None)
+    assert np.abs(decode(data) - expected).max() <= 2
 
 
 @pytest.mark.parametrize(("width", "height"), [(120, 80), (80, 120), (64, 64), (333, 50), (20, 30)])

@@ -1,6 +1,6 @@
 """The pipeline: sample numbers -> batches of pixels and tokens, decoded ahead by threads.
 
-Threads, not processes: torchvision's JPEG decoder and torch's resize release the GIL, so two threads decode as much as two
+Threads, not processes: torchvision's JPEG decoder and torch's resize release the GIL, so two threads decode nearly as much as two
 processes, and there is no fork, no /dev/shm and one LMDB environment. What has been prefetched is not state: the position
 moves in train_step alone.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from job.data.captions import Captions, Known, TokenGroups
 from job.data.gpu_jpeg import GpuJpegs
 from job.data.order import uniforms
-from job.data.pixels import CROP_NUMBERS, BadImage, Encoded, Pixels, View, decode, random_crop_view, whole_view
+from job.data.pixels import CROP_NUMBERS, BadImage, Decoded, Encoded, View, decode, random_crop_view, whole_view
 
 CROP_STREAM = 0
 BATCHES_AHEAD = 3
@@ -37,16 +37,15 @@ ROOMY = 2.0
 
 T = TypeVar("T")
 
-Augment = tuple[Callable[[Pixels | Tensor, NDArray[np.float64]], Pixels], Callable[[NDArray[np.int64]], NDArray[np.float64]]]
+Augment = tuple[Callable[[Decoded, NDArray[np.float64]], Decoded], Callable[[NDArray[np.int64]], NDArray[np.float64]]]
 """(image, numbers) -> view, and positions -> numbers (B, k)."""
 
-
-Get = Callable[[str], Encoded | None]
+Read = Callable[[str], Encoded | None]
 """From a key to the encoded image, if there is one."""
 
 
 class ImageSource(Protocol):
-    def reading(self) -> AbstractContextManager[Get]: ...
+    def reading(self) -> AbstractContextManager[Read]: ...
 
 
 class Keys(Protocol):
@@ -154,7 +153,7 @@ def load_batches(
         tokens = captions.known(texts, known_captions) if known_captions else captions.tokens(texts)
         return Batch(loaded.pixels, tokens.pinned() if pin_memory else tokens, loaded.bad)
 
-    def crop(image: Pixels | Tensor, numbers: NDArray[np.float64]) -> Pixels:
+    def crop(image: Decoded, numbers: NDArray[np.float64]) -> Decoded:
         return random_crop_view(image, view, numbers=numbers, smallest=crop_scale)
 
     def numbers_at(positions: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -228,32 +227,32 @@ def load_images(
         pixels = slots.numpy()
         numbers = augment[1](asked.positions) if augment else None
 
-        def fill(at: int, image: Pixels | Tensor) -> tuple[str, int]:
-            """Returns: nothing to complain of, and the pixels of the image as it is stored."""
-            pixels[at] = whole_view(image, view) if augment is None or numbers is None else augment[0](image, numbers[at])
-            return "", image.shape[0] * image.shape[1]
-
-        def load(at: int, get: Get) -> tuple[str, int]:
-            """Returns: why it could not, and the pixels of the image as it is stored."""
-            data = get(names[at])
-            if data is None:
+        def fill(at: int, image: Encoded | Decoded | None) -> tuple[str, int]:
+            """Args: image: as the LMDB has it, or decoded. Returns: why it could not, and the pixels that are stored of it."""
+            if image is None:
                 return "it is not in the LMDB", 0
             try:
-                return fill(at, decode(data))
+                decoded = decode(image) if isinstance(image, Encoded) else image
+                made = whole_view(decoded, view) if augment is None or numbers is None else augment[0](decoded, numbers[at])
             except BadImage as error:
                 return str(error), 0
+            if isinstance(made, Tensor):
+                slots[at].copy_(made)
+            else:
+                pixels[at] = made
+            return "", decoded.shape[0] * decoded.shape[1]
 
         def load_chunk(start: int) -> list[str]:
             began = time.monotonic()
             places = range(start, min(start + chunk, len(names)))
             done: dict[int, tuple[str, int]] = {}
-            with images.reading() as get:
+            with images.reading() as read:
+                encoded = {at: read(names[at]) for at in places}
                 if gpu_jpegs:
-                    encoded = {at: data for at in places if (data := get(names[at])) is not None}
-                    done = gpu_jpegs.each(encoded, fill)
-                done |= {at: load(at, get) for at in places if at not in done}
+                    done = gpu_jpegs.each({at: data for at, data in encoded.items() if data is not None}, fill)
+                done |= {at: fill(at, data) for at, data in encoded.items() if at not in done}
             if tally:
-                stored = sum(stored for _, stored in done.values())
+                stored = sum(count for _, count in done.values())
                 tally.add(images=len(done), pixels=stored, seconds=time.monotonic() - began)
             return [done[at][0] for at in places]
 

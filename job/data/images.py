@@ -34,8 +34,12 @@ class Images:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Callable[[str], memoryview | None]]:
-        """A function from keys to encoded images, None where there is no such key. For one thread, as long as the context lasts:
-        images are read where they lie, and nothing is copied. Raises: DataError."""
+        """A function from keys to encoded images, None where there is no such key; for one thread.
+
+        Nothing is copied: images lie in the file, and end with the context, which must end before `close`.
+
+        Raises: DataError, also the function.
+        """
         with contextlib.ExitStack() as opened:
             getters: list[Callable[[bytes], memoryview | None]] = []
 

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +19,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+_decode_jpeg_op: Any = None
 try:
     # Twice as fast as Pillow, and open_clip brings it. torchvision 0.29 deprecates its decoders in favour of torchcodec; once they
     # are gone Pillow takes over, until torchcodec has been measured.
     import torchvision.io as torchvision_io
 
     warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision")
-except ImportError:
+    # Around it, torchvision.io.decode_jpeg notes each use and waits for the interpreter after that.
+    _decode_jpeg_op, _RGB = torch.ops.image.decode_jpeg, torchvision_io.ImageReadMode.RGB
+except (ImportError, AttributeError, RuntimeError):
     torchvision_io = None
 warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")  # images are only read
 
@@ -36,8 +40,11 @@ CROP_NUMBERS = 2 * CROP_TRIES + 2
 """Random numbers that a crop uses: area and ratio for each try, then top and left."""
 
 Encoded = bytes | bytearray | memoryview
+"""A file's content."""
 Pixels = NDArray[np.uint8]
 """(H, W, 3), RGB."""
+Decoded = Pixels | Tensor
+"""The same; on a GPU, where that has decoded it."""
 
 _PPM = re.compile(rb"P6\n(\d{1,9}) (\d{1,9})\n255\n")
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
@@ -63,6 +70,8 @@ class View:
 def decode(data: Encoded) -> Pixels:
     """Pixels upright by EXIF, transparent parts over white; the first frame of an animation.
 
+    They may lie in `data`, then not to be written to: copy what is to outlive it.
+
     Raises: BadImage, saying why.
     """
     if not data:
@@ -82,17 +91,17 @@ def decode(data: Encoded) -> Pixels:
 
 
 def _decode_jpeg(data: Encoded, *, has_exif: bool) -> Pixels:
-    if torchvision_io is None:
+    if _decode_jpeg_op is None:
         return _decode_with_pillow(data)
-    raw = torch.frombuffer(data, dtype=torch.uint8)
-    # What torchvision.io.decode_jpeg calls, which notes each use besides and waits for the interpreter after it.
-    decoded: Pixels = torch.ops.image.decode_jpeg(raw, torchvision_io.ImageReadMode.RGB.value, has_exif).numpy()
-    return decoded.transpose(1, 2, 0)
+    pixels: Pixels = _decode_jpeg_op(torch.frombuffer(data, dtype=torch.uint8), _RGB.value, has_exif).numpy().transpose(1, 2, 0)
+    return pixels
 
 
 def _decode_ppm(data: Encoded, *, at: int, width: int, height: int) -> Pixels:
     """Of what `clipjob pack --format ppm` writes; the pixels begin at `at`."""
     _refuse_bomb(height, width)
+    if not height * width:
+        raise BadImage("it has no pixels")
     if missing := at + 3 * height * width - len(data):
         raise BadImage(f"it is cut off: {missing} bytes are missing")
     return np.frombuffer(data, np.uint8, count=3 * height * width, offset=at).reshape(height, width, 3)
@@ -120,7 +129,8 @@ def pixels_of_common_jpeg(data: Encoded) -> int:
     except BadImage:
         return 0
     baseline, eight_bits, colours = data[at + 1] == 0xC0, data[at + 4] == 8, data[at + 9 : at + 10] == b"\x03"
-    special = any(mark in bytes(data[:at]) for mark in (b"Exif", b"Adobe"))  # turned; perhaps in other colours
+    head = bytes(data[:at])
+    special = b"Exif" in head or b"Adobe" in head  # turned; perhaps in other colours
     return height * width if baseline and eight_bits and colours and not special else 0
 
 
@@ -129,7 +139,7 @@ def decode_common_jpegs(data: Sequence[Encoded], *, device: torch.device) -> lis
     if torchvision_io is None:
         raise RuntimeError("torchvision has no decoders any more")
     raw = [torch.frombuffer(image, dtype=torch.uint8) for image in data]
-    decoded: list[Tensor] = torchvision_io.decode_jpeg(raw, mode=torchvision_io.ImageReadMode.RGB, device=device)
+    decoded: list[Tensor] = torchvision_io.decode_jpeg(raw, mode=_RGB, device=device)
     return [image.permute(1, 2, 0) for image in decoded]
 
 
@@ -152,14 +162,13 @@ def _decode_with_pillow(data: Encoded) -> Pixels:
         return np.array(image.convert("RGB"))
 
 
-def random_crop_view(image: Pixels | Tensor, view: View, *, numbers: NDArray[np.float64], smallest: float) -> Pixels:
+def random_crop_view(image: Decoded, view: View, *, numbers: NDArray[np.float64], smallest: float) -> Decoded:
     """A random part of the image, resized to the view.
 
     Args:
-        image: as from decode, or one such on a GPU.
         numbers: (CROP_NUMBERS,) in [0, 1), the only source of randomness.
         smallest: smallest share of the area that is kept.
-    Returns: (view.height, view.width, 3).
+    Returns: (view.height, view.width, 3), where the image is; part of it, if no resizing is needed.
     """
     top, left, height, width = crop_box(image.shape[0], image.shape[1], numbers=numbers, smallest=smallest)
     return _resized(image[top : top + height, left : left + width], view.height, view.width, view.interpolation)
@@ -184,10 +193,11 @@ def crop_box(height: int, width: int, *, numbers: NDArray[np.float64], smallest:
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def whole_view(image: Pixels | Tensor, view: View) -> Pixels:
+def whole_view(image: Decoded, view: View) -> Decoded:
     """The view that evaluation and the exported model use: open_clip's own preprocessing, in uint8.
 
-    Args: image: as from decode, or one such on a GPU. Returns: (view.height, view.width, 3).
+    Args and Returns: as of random_crop_view.
+    Raises: BadImage, for a strip so narrow that it would have to become huge.
     """
     height, width = image.shape[:2]
     if view.resize_mode == "squash":
@@ -197,27 +207,31 @@ def whole_view(image: Pixels | Tensor, view: View) -> Pixels:
     scale = max(scales) if shortest else min(scales)
     to_whole = math.floor if shortest and view.height == view.width else round  # as open_clip's transforms round
     new_height, new_width = (max(1, to_whole(side * scale + 1e-6)) for side in (height, width))
+    _refuse_bomb(new_height, new_width)
     return _centred(_resized(image, new_height, new_width, view.interpolation), view)
 
 
-def _centred(image: Pixels, view: View) -> Pixels:
+def _centred(image: Decoded, view: View) -> Decoded:
     """Cuts what is too large and pads what is too small, around the centre."""
     missing_rows, missing_columns = max(0, view.height - image.shape[0]), max(0, view.width - image.shape[1])
     if missing_rows or missing_columns:
         top, left = missing_rows // 2, missing_columns // 2
-        edges = (top, missing_rows - top), (left, missing_columns - left), (0, 0)
-        image = np.pad(image, edges, constant_values=view.fill_color)
+        bottom, right = missing_rows - top, missing_columns - left
+        if isinstance(image, Tensor):
+            image = torch.nn.functional.pad(image, (0, 0, left, right, top, bottom), value=view.fill_color)
+        else:
+            image = np.pad(image, ((top, bottom), (left, right), (0, 0)), constant_values=view.fill_color)
     top, left = round((image.shape[0] - view.height) / 2), round((image.shape[1] - view.width) / 2)
     return image[top : top + view.height, left : left + view.width]
 
 
-def _resized(image: Pixels | Tensor, height: int, width: int, interpolation: str) -> Pixels:
+def _resized(image: Decoded, height: int, width: int, interpolation: str) -> Decoded:
+    if tuple(image.shape[:2]) == (height, width):
+        return image
     if isinstance(image, Tensor):
         if image.device.type != "cpu":
             return _resized_in_float(image, height, width, interpolation)
         image = image.numpy()
-    if image.shape[:2] == (height, width):
-        return image
     # Torch's resize takes one layout as it is: whole, and a pixel's colours side by side.
     planes = torch.from_numpy(np.ascontiguousarray(image).reshape(1, *image.shape).transpose(0, 3, 1, 2))
     resized = torch.nn.functional.interpolate(planes, size=(height, width), mode=interpolation, antialias=True)
@@ -225,11 +239,9 @@ def _resized(image: Pixels | Tensor, height: int, width: int, interpolation: str
     return pixels
 
 
-def _resized_in_float(image: Tensor, height: int, width: int, interpolation: str) -> Pixels:
+def _resized_in_float(image: Tensor, height: int, width: int, interpolation: str) -> Tensor:
     """On a GPU, whose resize knows no uint8. Like the other it is Pillow's to two levels, on photographs."""
-    planes = image.permute(2, 0, 1)[None]
-    if tuple(image.shape[:2]) != (height, width):
-        planes = torch.nn.functional.interpolate(planes.float(), size=(height, width), mode=interpolation, antialias=True)
-        planes = planes.round_().clamp_(0, 255).to(torch.uint8)
-    pixels: Pixels = planes[0].permute(1, 2, 0).contiguous().cpu().numpy()
-    return pixels
+    planes = image.permute(2, 0, 1)[None].float()
+    resized = torch.nn.functional.interpolate(planes, size=(height, width), mode=interpolation, antialias=True)
+    resized = resized.round_().clamp_(0, 255).to(torch.uint8, memory_format=torch.channels_last)  # as a batch has it
+    return resized[0].permute(1, 2, 0)

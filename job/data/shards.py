@@ -32,7 +32,7 @@ class Shard:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Callable[[bytes], memoryview | None]]:
-        """A function from keys to values, None where there is no such key. Values lie in the file: they end with the context."""
+        """A function from keys to values, None where there is no such key. Values lie in the file, and end with the context."""
         try:
             transaction = self._environment.begin(buffers=True)
         except _DAMAGES as error:
@@ -65,7 +65,7 @@ class Shard:
             raise self._damaged(error) from None
 
     def close(self) -> None:
-        """Idempotent. The file itself is closed when its last user closes."""
+        """Idempotent. The file itself is closed when its last user closes. Not while anyone is reading."""
         if self._environment is not None:
             _release(self._environment)
             self._environment = None

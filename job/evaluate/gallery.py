@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from job.data.batches import Get, ImageSource
+from job.data.batches import ImageSource, Read
 from job.data.captions import Captions
 from job.data.pixels import BadImage, Encoded, decode
 from job.evaluate.calibration import reliability
@@ -156,8 +156,8 @@ def _described(
     lead = after.probability.amax(dim=1) - (after.probability * right_IT).amax(dim=1)
     order = sorted(range(len(keys)), key=lambda at: (-int(after.rank[at]), -float(lead[at]), at))
     worst = [at for at in order[:MISTAKES] if after.rank[at] > 0]
-    with images.reading() as get:
-        entries = {at: _entry(at, keys[at], right_IT, judged, get=get) for at in {*range(min(SHOWN, len(keys))), *worst}}
+    with images.reading() as read:
+        entries = {at: _entry(at, keys[at], right_IT, judged, read=read) for at in {*range(min(SHOWN, len(keys))), *worst}}
     named = sorted({text for entry in entries.values() for text in _texts_in(entry)})
     return {
         "texts": {str(text): shortened(texts[text]) for text in named},
@@ -167,10 +167,10 @@ def _described(
     }
 
 
-def _entry(at: int, key: str, right_IT: Tensor, judged: dict[str, Judged], *, get: Get) -> dict[str, Any]:
+def _entry(at: int, key: str, right_IT: Tensor, judged: dict[str, Judged], *, read: Read) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "key": shortened(key),
-        "thumbnail": thumbnail(get(key) or b""),
+        "thumbnail": thumbnail(read(key) or b""),
         "right": right_IT[at].nonzero()[:CAPTIONS, 0].tolist(),
     }
     for name, one in judged.items():
