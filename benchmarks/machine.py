@@ -65,6 +65,17 @@ def arguments(description: str, *, repeats: int) -> argparse.ArgumentParser:
     return parser
 
 
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of a benchmark with --device. Ends it before any work, where that is not here."""
+    args = parser.parse_args()
+    if args.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("there is no CUDA device here: run this on a machine with a GPU, or without --device cuda")
+    return args
+
+
 def say(text: str) -> None:
     """Progress."""
     print(text, file=sys.stderr, flush=True)

@@ -24,8 +24,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.machine import publish, say, table
-from benchmarks.quality import BATCH, Contest, contest_arguments, over_seeds, rate_found, train_base
-from benchmarks.quality_data import FOLDS, write_data
+from benchmarks.quality import BATCH, Contest, contest_arguments, over_seeds, rate_found, train_base, written
+from benchmarks.quality_data import FOLDS
 from benchmarks.quality_scores import METRICS, RESAMPLES, Answers, answers, difference, draw, measure
 from job.data.captions import split_tags
 from job.data.staging import Staging
@@ -339,7 +339,7 @@ def main() -> int:
     set_up_logging()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name).absolute()
-        contest = Contest(write_data(folder, clip_art_folder=args.clip_art), folder, epochs=1 if args.quick else 10)
+        contest = Contest(written(args, folder), folder, epochs=1 if args.quick else 10)
         train_base(contest, epochs=1 if args.quick else 20)
         pairs = [read_pairs(contest, fold) for fold in range(args.repeats)]
         csvs = {"train": contest.data.csv("train", 0), "base": contest.data.csv("base")}

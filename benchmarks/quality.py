@@ -157,8 +157,8 @@ def _run(command: Sequence[object], *, cwd: Path, log: Path, environment: dict[s
         raise SystemExit(f"{' '.join(words)} ended with {code}:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}")
 
 
-def entrants(contest: Contest, *, quick: bool) -> dict[str, Entrant]:
-    """In the order of the table; what one needs of another comes later."""
+def entrants(contest: Contest, *, quick: bool, rivals: str = "") -> dict[str, Entrant]:
+    """In the order of the table; what one needs of another comes later. Args: rivals: a pattern that names of rivals must match."""
     found: dict[str, Entrant] = {BASE: lambda _seed: contest.base}
     for rate in POST_RATES:
         name = f"{POST}, Adam {_shown(rate)}"
@@ -168,6 +168,7 @@ def entrants(contest: Contest, *, quick: bool) -> dict[str, Entrant]:
     for rate in OPEN_CLIP_RATES[-2:] if quick else OPEN_CLIP_RATES:
         name = f"{OPEN_CLIP}, lr {_shown(rate)}, warm-up {warm_up}"
         found[name] = partial(open_clip, contest, name, ["--lr", rate, "--warmup", warm_up])
+    found = {name: entrant for name, entrant in found.items() if name == BASE or re.search(rivals, name)}
     for name, flags in OURS.items():
         found[name] = partial(ours, contest, name, ["--lr", "1e-3"] if quick else flags)  # auto asks for 100 steps
     found[LAST] = lambda seed: contest.place(OURS_DEFAULT, seed) / "run" / "export" / "final"
@@ -232,16 +233,26 @@ def contest_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--clip-art", type=Path, nargs="?", const=CLIP_ART_FOLDER, metavar="FOLDER", help="tune to clip art instead"
     )
+    parser.add_argument("--other-pairs", action="store_true", help="with --clip-art: as many other pairs")
     return parser
 
 
+def written(args: argparse.Namespace, folder: Path) -> Data:
+    """The data that the arguments ask for."""
+    return write_data(folder, clip_art_folder=args.clip_art, others=args.other_pairs)
+
+
 def main() -> int:
-    args = contest_arguments(__doc__ or "").parse_args()
+    parser = contest_arguments(__doc__ or "")
+    parser.add_argument(
+        "--rivals", default="", metavar="PATTERN", help="only those with such a name, one of open_clip_train's rates among them"
+    )
+    args = parser.parse_args()
     args.repeats = 1 if args.quick else min(args.repeats, FOLDS)
     set_up_logging()  # else open_clip warns at each evaluation that it has not loaded the weights itself
     with tempfile.TemporaryDirectory(dir=args.folder) as name, contextlib.ExitStack() as closing:
         folder = Path(name).absolute()
-        contest = Contest(write_data(folder, clip_art_folder=args.clip_art), folder, epochs=1 if args.quick else 10)
+        contest = Contest(written(args, folder), folder, epochs=1 if args.quick else 10)
         say(f"the base model, then {args.repeats} seeds of {contest.steps} steps each; rows: {contest.data.rows}")
         train_base(contest, epochs=1 if args.quick else 20)
         staging = closing.enter_context(Staging(folder / "scratch"))
@@ -249,7 +260,7 @@ def main() -> int:
         guard, *held_out = [open_pairs(str(csv), str(contest.data.images), staging=staging, reading=Reading()) for csv in csvs]
         for opened in (guard, *held_out):
             closing.callback(opened.images.close)
-        competing = entrants(contest, quick=args.quick)
+        competing = entrants(contest, quick=args.quick, rivals=args.rivals)
 
         def compete(seed: int) -> tuple[dict[str, dict[str, Answers]], dict[str, float]]:
             """Answers of each entrant, and the alpha of each export that looked for it."""
@@ -280,7 +291,8 @@ def main() -> int:
     tuned = [name for name in competing if name.startswith(OPEN_CLIP) and name != OPEN_CLIP_DEFAULTS]
     best = max(tuned, key=lambda name: statistics.mean(one["held-out"].mean_recall for one in found[name]))
     rivals = {name: name for name in competing if name.startswith(POST)}
-    rivals |= {f"{OPEN_CLIP}, its defaults": OPEN_CLIP_DEFAULTS, best.replace(", lr", ", tuned: lr"): best}
+    rivals |= {f"{OPEN_CLIP}, its defaults": OPEN_CLIP_DEFAULTS} if OPEN_CLIP_DEFAULTS in competing else {}
+    rivals |= {best.replace(", lr", ", tuned: lr"): best}
     limits = requirements(measured, rivals, draws, quick=args.quick)
     about = (
         f"{contest.data.rows['train']} training pairs, batch {BATCH}, {contest.steps} steps each, {args.repeats} seeds, "

@@ -46,13 +46,15 @@ class Data:
         return self.folder / (f"{part}.csv" if fold is None else f"{part}-{fold}.csv")
 
 
-def write_data(folder: Path, *, clip_art_folder: Path | None = None) -> Data:
+def write_data(folder: Path, *, clip_art_folder: Path | None = None, others: bool = False) -> Data:
     """Divides the pairs by group and by hash of the key, so that the parts are always the same.
 
     Transparent images are put on white and stored as RGB: programs differ in what they make of transparency, and all are to see
     the same pixels.
 
-    Args: clip_art_folder: see clip_art; with it the tuned domain is clip art, and all groups are general.
+    Args:
+        clip_art_folder: see clip_art; with it the tuned domain is clip art, and all groups are general.
+        others: takes as many pairs of clip art again, none of which is among the first: for what was learnt from contests on those.
     """
     lines = (FOLDER / "openmoji" / "data.csv").read_text(encoding="utf-8").splitlines()[1:]
     parts: dict[str, list[Pair]] = {"base": [], "guard-for-alpha": [], "guard": [], "tuned": []}
@@ -66,7 +68,8 @@ def write_data(folder: Path, *, clip_art_folder: Path | None = None) -> Data:
     if clip_art_folder is not None:
         captions = clip_art(clip_art_folder)
         found = {f"clip-art/{path.relative_to(clip_art_folder)}": path for path in captions}
-        chosen = sorted(found, key=lambda key: _fraction(key, "chosen"))[:CLIP_ART]
+        first = CLIP_ART if others else 0
+        chosen = sorted(found, key=lambda key: _fraction(key, "chosen"))[first : first + CLIP_ART]
         for key in chosen:
             _write_file(files / key, Image.open(found[key]))
         parts["tuned"] = [(key, captions[found[key]]) for key in chosen]

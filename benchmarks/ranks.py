@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.checkpoint import write_data
-from benchmarks.machine import LIMIT_COLUMNS, REPOSITORY, Limit, arguments, paired, publish, spread, table
+from benchmarks.machine import LIMIT_COLUMNS, REPOSITORY, Limit, arguments, paired, parsed, publish, spread, table
 
 SKIPPED_STEPS = 5
 """At the start: kernels are chosen, caches filled."""
@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, default=0, help="pairs per rank [default: 256 on a GPU, 64 on a CPU]")
     parser.add_argument("--ranks", type=int, nargs="*", help="[default: 1 2 4 8 on GPUs, as far as they go; 1 2 on a CPU]")
-    args = parser.parse_args()
+    args = parsed(parser)
     on_gpu = args.device == "cuda"
     batch, steps = args.batch or (256 if on_gpu else 64), 15 if args.quick else 60
     if on_gpu:

@@ -25,6 +25,7 @@ from benchmarks.machine import (
     arguments,
     in_child,
     paired,
+    parsed,
     publish,
     ratios,
     say,
@@ -259,9 +260,10 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--model", default="ViT-B-32", help="[default: %(default)s, which the requirements are about]")
     parser.add_argument("--batch", type=int, default=0, help="[default: 32 on the CPU, 1024 on a GPU; quick: 8 and 256]")
-    parser.add_argument("--cases", nargs="*", metavar="NAME", help=f"of {', '.join(c.name for d in CASES.values() for c in d)}")
+    names = [case.name for cases in CASES.values() for case in cases]
+    parser.add_argument("--cases", nargs="*", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--ours", default="", metavar="FLAGS", help="further flags of clipjob train, such as '--compile auto'")
-    args = parser.parse_args()
+    args = parsed(parser)
     from job.runtime.device import cores
 
     on_gpu = args.device == "cuda"

@@ -106,6 +106,20 @@ def test_patches_are_dropped_as_open_clip_drops_them(tmp_path: Path) -> None:
     assert (ours - theirs).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_text_features_are_open_clips_in_each_precision(tmp_path: Path, dtype: torch.dtype, apart: float) -> None:
+    clip = tiny.make_clip(tmp_path)
+    found = tokens_of(clip, TEXTS)
+    with torch.no_grad():
+        exact = clip.module.double().encode_text(clip.tokenizer(TEXTS), normalize=True)
+        clip.module.float()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            ours = encode_texts(clip.module, found.groups)[found.text_of]
+            theirs = clip.module.encode_text(clip.tokenizer(TEXTS), normalize=True)
+    assert (ours - theirs).abs().max() < apart
+    assert (ours - exact).abs().max() < apart
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_towers_have_open_clips_gradients_on_captions_of_many_lengths(tmp_path: Path, dtype: torch.dtype) -> None:
     """Under autocast, differences stay within what bf16 itself costs against float32."""

@@ -262,8 +262,9 @@ def load_images(
             reasons = [reason for chunk in chunks for reason in chunk.result()]
             good = np.array([at for at, reason in enumerate(reasons) if not reason], dtype=np.int64)
             bad = tuple((names[at], reason) for at, reason in enumerate(reasons) if reason)
-            planes = slots.permute(0, 3, 1, 2)
-            return finish(asked, Loaded(planes[torch.from_numpy(good)] if bad else planes, good, bad))
+            kept = slots if not bad else slots[torch.from_numpy(good)]
+            kept = kept.pin_memory() if pin_memory else kept  # the same, unless some were left out
+            return finish(asked, Loaded(kept.permute(0, 3, 1, 2), good, bad))
 
         return pool.submit(collect)  # queued behind its chunks, so waiting for them can't block the pool
 

@@ -143,9 +143,9 @@ def decode_common_jpegs(data: Sequence[Encoded], *, device: torch.device) -> lis
     return [image.permute(1, 2, 0) for image in decoded]
 
 
-def _refuse_bomb(height: int, width: int) -> None:
+def _refuse_bomb(height: int, width: int, *, what: str = "claims") -> None:
     if height * width > MAX_IMAGE_PIXELS:
-        raise BadImage(f"it claims {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}")
+        raise BadImage(f"it {what} {width} x {height} pixels, more than {MAX_IMAGE_PIXELS}")
 
 
 def _decode_with_pillow(data: Encoded) -> Pixels:
@@ -207,7 +207,7 @@ def whole_view(image: Decoded, view: View) -> Decoded:
     scale = max(scales) if shortest else min(scales)
     to_whole = math.floor if shortest and view.height == view.width else round  # as open_clip's transforms round
     new_height, new_width = (max(1, to_whole(side * scale + 1e-6)) for side in (height, width))
-    _refuse_bomb(new_height, new_width)
+    _refuse_bomb(new_height, new_width, what="is so narrow that its view needs")
     return _centred(_resized(image, new_height, new_width, view.interpolation), view)
 
 

@@ -50,16 +50,19 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did. Its numbers stay on the device until they are read, so that the next step can be queued first."""
+    """What a step did. Its numbers are on their way from the device until they are read: the next step can be queued first."""
 
     step: int
     """The number of this step, from 1."""
     lr: float
     values: Tensor
-    """float32, in the order of _FIELDS and _COUNTS."""
+    """float32, in the order of _FIELDS and _COUNTS; on the host, once `arrived` has happened."""
+    arrived: torch.cuda.Event | None = None
 
     def read(self) -> dict[str, Any]:
-        """The row of the history; a number that is not finite becomes None. Waits for the device."""
+        """The row of the history; a number that is not finite becomes None. Waits for this step, but for none after it."""
+        if self.arrived:
+            self.arrived.synchronize()
         numbers = dict(zip(_FIELDS + _COUNTS, self.values.tolist(), strict=True))
         row: dict[str, Any] = {"step": self.step, "lr": self.lr, **{name: round(numbers[name]) for name in _COUNTS}}
         return row | {name: numbers[name] if math.isfinite(numbers[name]) else None for name in _FIELDS}
@@ -129,7 +132,7 @@ def train_step(
     norm = _update(state, settings.grad_clip)
     with torch.no_grad():
         model.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)
-        return StepReport(state.step, lr, _figures(gradients, norm, model, bad=len(batch.bad), world=world))
+        return StepReport(state.step, lr, *_sent(_figures(gradients, norm, model, bad=len(batch.bad), world=world)))
 
 
 @torch.no_grad()
@@ -252,10 +255,21 @@ def _update(state: TrainState, grad_clip: float) -> Tensor:
 
 
 def _figures(gradients: LossGradients, norm: Tensor, model: Any, *, bad: int, world: World) -> Tensor:
-    own = torch.cat([gradients.figures.float(), gradients.figures.new_tensor([bad], dtype=torch.float32)])
+    own = torch.cat([gradients.figures.float(), gradients.figures.new_full((1,), bad, dtype=torch.float32)])
     *scores, bad_samples = world.total(own).unbind()
     scale = model.logit_scale.exp().reshape(())
     return torch.stack([*scores, norm.float(), scale.float(), gradients.pairs.float(), bad_samples])
+
+
+def _sent(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """(values on the host, when they have arrived there). Asked for later, they would come behind the next step."""
+    if not values.is_cuda:
+        return values, None
+    host = torch.empty_like(values, device="cpu", pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived
 
 
 def take_row(state: TrainState, row: dict[str, Any]) -> None:
