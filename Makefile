@@ -64,6 +64,7 @@ IN_IMAGE := --python-platform x86_64-manylinux_2_28 -c build/pins.txt
 
 lock:  ## Resolve all dependencies anew (needs uv)
 	$(RESOLVE) pyproject.toml --extra dev --universal --upgrade -o requirements/dev.txt
+	echo clip-benchmark | $(RESOLVE) - --universal --no-deps --upgrade -o requirements/dev-alone.txt
 	$(RESOLVE) pyproject.toml --extra hf --universal --upgrade -c requirements/dev.txt -o requirements/run.txt
 	mkdir -p build
 	sed -nE 's/^([a-z].*==[^\]*).*/\1/p' requirements/run.txt | grep -vE '^(torch|triton|nvidia|cuda)' > build/pins.txt
@@ -83,6 +84,8 @@ $(VENV)/run: requirements/run.txt pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --no-deps -e .
 	touch $@
 
-$(VENV)/dev: requirements/dev.txt $(VENV)/run
+# What only its own scores are wanted of comes without its dependencies, among them downloaders of data sets.
+$(VENV)/dev: requirements/dev.txt requirements/dev-alone.txt $(VENV)/run
 	$(PIP) install --progress-bar on --require-hashes -r requirements/dev.txt
+	$(PIP) install --progress-bar on --require-hashes --no-deps -r requirements/dev-alone.txt
 	touch $@

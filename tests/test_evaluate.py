@@ -1,4 +1,4 @@
-"""Scores of `clipjob evaluate` against counting by hand and scikit-learn, and the command on a real run."""
+"""Scores of `clipjob evaluate` against counting by hand, CLIP_benchmark and scikit-learn, and the command on a real run."""
 
 import json
 import shutil
@@ -10,6 +10,8 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from clip_benchmark.metrics.zeroshot_classification import average_precision_per_class
+from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
 from sklearn.metrics import average_precision_score, balanced_accuracy_score
 from system import finish, train_command
 from torch import Tensor
@@ -62,6 +64,31 @@ def test_ranks_are_what_counting_by_hand_gives(coarse: bool) -> None:
         assert scores[f"{name}_retrieval_median_rank"] == np.median(ranks)
         for k in (1, 5, 10):
             assert scores[f"{name}_retrieval_recall@{k}"] == pytest.approx(np.mean(np.array(ranks) <= k))
+
+
+@pytest.mark.usefixtures("chunk")
+def test_retrieval_is_what_clip_benchmark_finds_of_the_same_features_and_pairs() -> None:
+    image, text, pairs = features(6, images=80, texts=130)
+    scores = retrieval_scores(image, text, pairs, logit_scale=torch.tensor(9.0))
+    right = torch.from_numpy(matrix(pairs, 80, 130))
+    for name, similarity, positive in (("text", image @ text.T, right), ("image", text @ image.T, right.T)):
+        for k in (1, 5, 10):
+            found = recall_at_k(similarity, positive.contiguous(), k) > 0  # as its own evaluate counts
+            assert scores[f"{name}_retrieval_recall@{k}"] == pytest.approx(found.float().mean().item())
+            assert 0 < found.sum() < len(found)
+
+
+@pytest.mark.usefixtures("chunk")
+def test_average_precision_is_what_clip_benchmark_finds() -> None:
+    image, classes, _ = features(7, images=90, texts=12)
+    target = torch.arange(90) % 12
+    scores = classification_scores(image, classes, torch.tensor(list(enumerate(target.tolist()))))
+    one_hot = torch.nn.functional.one_hot(target, 12)
+    assert scores["mean_average_precision"] == pytest.approx(average_precision_per_class(image @ classes.T, one_hot).mean().item())
+    image, classes, labels = features(8, images=70, texts=15)
+    several = classification_scores(image, classes, labels)["mean_average_precision"]
+    right = torch.from_numpy(matrix(labels, 70, 15))
+    assert several == pytest.approx(average_precision_per_class(image @ classes.T, right).mean().item())
 
 
 @pytest.mark.usefixtures("chunk")
