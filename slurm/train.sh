@@ -111,18 +111,26 @@ while kill -0 "$step" 2>/dev/null; do wait "$step"; done # the trap ends wait ea
 wait "$step"                                             # bash keeps the status of a child that has ended
 code=$?
 
-# From the requeue on Slurm sends TERM to every process of the job; these two have to finish. An ignored signal is inherited.
-scontrol_unharmed() { (trap '' TERM && exec scontrol "$@"); }
+# Slurm sends TERM to every process of the job when it ends it, from a requeue on as well; these have to finish. An ignored signal is
+# inherited.
+unharmed() { (trap '' TERM && exec "$@"); }
+
+state() { # empty: Slurm doesn't know the job any more, or doesn't answer
+    for _ in 1 2 3; do
+        unharmed squeue --noheader --format=%T --jobs "$job" 2>/dev/null && return
+        sleep 1
+    done
+}
 
 requeue() {
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
         say "$1. It was requeued ${SLURM_RESTART_COUNT:-0} times, and MAX_REQUEUES is $MAX_REQUEUES"
-    elif [ "$(squeue --noheader --format=%T --jobs "$job" 2>/dev/null)" != RUNNING ]; then
+    elif [ "$(state)" != RUNNING ]; then
         say "$1. Slurm is ending this job, so it is left to Slurm"
         exit "$code"
-    elif scontrol_unharmed requeue "$job"; then
+    elif unharmed scontrol requeue "$job"; then
         say "$1. Requeued"
-        [ -z "${2:-}" ] || scontrol_unharmed update "JobId=$job" "ExcNodeList=$2" || say "node $2 could not be excluded"
+        [ -z "${2:-}" ] || unharmed scontrol update "JobId=$job" "ExcNodeList=$2" || say "node $2 could not be excluded"
         exec sleep 600 # leaving first would race with the requeue
     fi
     give_up

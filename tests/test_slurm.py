@@ -109,6 +109,15 @@ def slow_scontrol(folder: Path) -> Path:
     return folder
 
 
+def squeue_that_fails_once(folder: Path) -> Path:
+    """A folder with a squeue whose first call gets no answer. Returns: the folder."""
+    folder.mkdir()
+    script = folder / "squeue"
+    script.write_text(f'#!/bin/sh\nmkdir {folder}/asked 2>/dev/null && exit 1\nexec {shutil.which("squeue")} "$@"\n')
+    script.chmod(0o755)
+    return folder
+
+
 def until(condition: Callable[[], Any], what: Callable[[], str] | str, *, seconds: float = 180) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -203,8 +212,8 @@ def ended(cluster: Cluster, job: str, *, state: str, code: int, restarts: int) -
     assert facts == {"JobState": state, "ExitCode": f"{code}:0", "Restarts": str(restarts)}, cluster.log(job)[-4000:]
 
 
-def requeued(cluster: Cluster, job: str, times: int = 1) -> None:
-    until(lambda: cluster.restarts(job) >= times, lambda: f"no requeue of {job}:\n{cluster.log(job)[-4000:]}")
+def requeued(cluster: Cluster, job: str, times: int = 1, *, seconds: float = 180) -> None:
+    until(lambda: cluster.restarts(job) >= times, lambda: f"no requeue of {job}:\n{cluster.log(job)[-4000:]}", seconds=seconds)
 
 
 # What needs no cluster
@@ -331,7 +340,7 @@ def test_a_dead_node_gives_the_job_to_another(cluster: Cluster, folder: Path, jo
     until(lambda: newest_step(run) >= SLOW_AFTER, lambda: f"no step {SLOW_AFTER}:\n{cluster.log(job)}")
     node = cluster.fact(job, "BatchHost")
     cluster.kill_node(node)
-    requeued(cluster, job)
+    requeued(cluster, job, seconds=500)  # Slurm takes a minute to be sure, on a busy machine more than three
     ended(cluster, job, state="COMPLETED", code=0, restarts=1)
     assert cluster.fact(job, "BatchHost") != node
     assert_identical(run, calm)
@@ -403,11 +412,13 @@ def test_a_trainer_that_ignores_signals_is_killed_and_requeued_by_slurm(cluster:
 def test_preempted_while_python_starts_it_is_requeued(cluster: Cluster, folder: Path) -> None:
     """It has no handler yet and dies of TERM; there was nothing to save."""
     young = program(folder, "young", YOUNG)
-    job = submit(cluster, folder / "young", flags=("--partition=grace", "--exclusive"), CLIPJOB=young)
+    path = f"{squeue_that_fails_once(folder / 'no-answer')}:{os.environ['PATH']}"
+    job = submit(cluster, folder / "young", flags=("--partition=grace", "--exclusive"), CLIPJOB=young, PATH=path)
     until(lambda: "young" in cluster.log(job), "a trainer that has just begun")
     urgent(cluster, "n3")
     ended(cluster, job, state="FAILED", code=65, restarts=1)
     assert "ended by a signal while it started. Requeued" in cluster.log(job)
+    assert (folder / "no-answer" / "asked").exists()
 
 
 @REAL
