@@ -8,10 +8,12 @@ import pytest
 import tiny
 from system import Job, assert_identical, finish, outcome, run_to_end, train_words
 from test_evaluate import evaluate
+from test_export import export
 
 from job.checkpoint.store import RunStore
 from job.config import Config
 from job.errors import ConfigError
+from job.evaluate.alpha import ALPHAS
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,11 @@ def test_the_guard_is_scored_from_step_0_as_evaluate_scores_it(tmp_path: Path, c
     assert {name for name in result["before"] if name.startswith("guard_")} == {f"guard_{name}" for name in after}
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Recall on the guard" in page
+    facts = export(tmp_path / "run", tmp_path / "out")  # by the run's own guard
+    assert "loses at most 0.01 of recall@5 on guard." in facts["why"]
+    assert [row["alpha"] for row in facts["scores"]] == list(ALPHAS)
+    of_base = {name: value for name, value in result["before"].items() if name.startswith("guard_")}
+    assert {f"guard_{name}": facts["scores"][0]["guard"][name] for name in after} == pytest.approx(of_base)
 
 
 def test_a_guard_that_changed_or_is_gone_ends_the_restart(tmp_path: Path, command: Callable[..., list[str]]) -> None:

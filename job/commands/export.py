@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 @click.option("--step", type=click.IntRange(0), help="A checkpoint instead.")
 @click.option(
     "--alpha",
-    default="1",
+    default="auto",
     show_default=True,
     metavar="A",
-    help="0: the base, 1: the tuned model, between: a mix. auto: see above.",
+    help="0: the base, 1: the tuned model, between: a mix. auto: see above; 1 without guard data.",
 )
-@click.option("--guard-csv", default="", help="CSV of pairs that the model must not forget.")
+@click.option("--guard-csv", default="", help="CSV of pairs that the model must not forget. [default for auto: the run's]")
 @click.option("--guard-lmdb", default="", help="LMDB of their images.")
 @click.option("--val-csv", default="", help="CSV to score on. [default: what the run held out]")
 @click.option("--val-lmdb", default="", help="LMDB of its images.")
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 def export(run: str, to: str, alpha: str, calibrate: bool, form: str, which: str | None, step: int | None, **given: Any) -> int:
     """Export a run's model with a model card.
 
-    --alpha auto tries mixes of the base and the tuned weights, and takes the one nearest to the tuned model that loses at most 0.01
-    of recall@5 on the guard data against the base.
+    With guard data, --alpha auto tries mixes of the base and the tuned weights, and takes the one nearest to the tuned model that
+    loses at most 0.01 of recall@5 on them against the base.
     """
     from job.attempt import scratch_root, working_folder
     from job.data.staging import Staging
@@ -67,6 +67,8 @@ def export(run: str, to: str, alpha: str, calibrate: bool, form: str, which: str
         chosen = choose_weights(run, scratch=scratch, which=which or "", step=step)
         if chosen.run is None:
             raise ConfigError(f"{run} is no run: it has no config.json. Give the folder or URI that was --run.")
+        if wanted is None and not given["guard_csv"]:
+            given |= {name: chosen.settings.get(name, "") for name in ("guard_csv", "guard_lmdb")}
         folder = scratch / "made"
         told = _make(chosen, folder, staging, alpha=wanted, calibrate=calibrate, single_file=form == "safetensors", given=given)
         put_folder(target, folder)
