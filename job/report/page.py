@@ -261,7 +261,7 @@ def _settings(facts: RunFacts) -> str:
         for name in ("csv", "lmdb", "val_csv", "val_lmdb", "init_from")
         if facts.settings.get(name)
     )
-    data = f"<details><summary>Where the data came from</summary><table>{places}</table></details>"
+    data = f'<details><summary>Where the data came from</summary><div class="scroll"><table>{places}</table></div></details>'
     note = '<p class="note">Where the default is auto or 0, the job may have chosen the value itself.</p>'
     return f'<h2>Settings that differ from the defaults</h2>{note}<div class="card wide">{table}{data}</div>'
 
