@@ -197,6 +197,7 @@ def requirements(measured: dict[str, dict[str, Floats]], rivals: dict[str, str],
     for rival in rivals:
         for metric in ("recall@1", "recall@5"):
             better(OURS_DEFAULT, rival, "", metric)
+            better(EXPORTED, rival, "exported: ", metric)
     for metric in ("forgotten", "ECE"):
         for rival in rivals:
             half(EXPORTED, rival, "exported: ", metric)
