@@ -131,17 +131,18 @@ def test_a_store_that_compares_no_checksums_and_knows_no_conditions_is_degraded(
     endpoint = f"http://{host}:{port}"
     keys = {"aws_access_key_id": KEY, "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
     client = boto3.client("s3", endpoint_url=endpoint, **keys)
-    client.create_bucket(Bucket=BUCKET)
+    bucket = uuid.uuid4().hex  # moto keeps the buckets of all its servers in one process together
+    client.create_bucket(Bucket=bucket)
     client.close()
     try:
         with faultproxy.running_proxy(endpoint) as between, caplog.at_level(logging.WARNING):
             use_s3(monkeypatch, between.endpoint)
             between.add(faultproxy.hide("If-None-Match"), header="^If-None-Match:", times=faultproxy.FOREVER)
-            findings = probe(f"s3://{BUCKET}/run")
+            findings = probe(f"s3://{bucket}/run")
             assert states(findings) == {**dict.fromkeys(ON_S3, "ok"), "create-only": "unsupported", "checksum": "unsupported"}
             remote.close()
-            check_storage(f"s3://{BUCKET}/run")
-            assert files.list_files(f"s3://{BUCKET}") == {}
+            check_storage(f"s3://{bucket}/run")
+            assert files.list_files(f"s3://{bucket}") == {}
             remote.close()
     finally:
         server.stop()
