@@ -33,6 +33,8 @@ class Limit:
     unit: str
     at_least: bool = False
     """The bound is a lower one."""
+    strict: bool = False
+    """The bound itself does not do."""
     spread: str = ""
     """found as text with min and max, where there were repeats."""
 
@@ -40,14 +42,16 @@ class Limit:
     def ok(self) -> bool:
         if self.bound is None:
             return True
-        return self.found >= self.bound if self.at_least else self.found <= self.bound
+        if self.found == self.bound:
+            return not self.strict
+        return self.found > self.bound if self.at_least else self.found < self.bound
 
     def row(self) -> tuple[str, str, str, str]:
         """Cells for a table with the columns LIMIT_COLUMNS."""
         found = f"{self.spread or format(self.found, '.3g')} {self.unit}".strip()
         if self.bound is None:
             return self.what, found, "", ""
-        sign = "≥" if self.at_least else "≤"
+        sign = (">" if self.at_least else "<") if self.strict else ("≥" if self.at_least else "≤")
         return self.what, found, f"{sign} {self.bound:g} {self.unit}".strip(), "pass" if self.ok else "**FAIL**"
 
 

@@ -22,8 +22,8 @@ TUNED = frozenset({"extras openmoji", "extras unicode", "flags"})
 GUARD_SHARE = 0.2
 FOLDS = 5
 """Each holds out another fifth of the tuned domain; together, every pair once, but for a rest of four at most."""
-CLIP_ART = 1600
-"""Pairs of clip art, of about 3300."""
+CLIP_ART = {"all": slice(None), "first": slice(1600), "other": slice(1600, 3200)}
+"""Which of about 3300 pairs of clip art."""
 SIDE = 160
 """Longest side of the stored images; models of the contest see 64 pixels."""
 
@@ -46,7 +46,7 @@ class Data:
         return self.folder / (f"{part}.csv" if fold is None else f"{part}-{fold}.csv")
 
 
-def write_data(folder: Path, *, clip_art_folder: Path | None = None, others: bool = False) -> Data:
+def write_data(folder: Path, *, clip_art_folder: Path | None = None, pairs: str = "all") -> Data:
     """Divides the pairs by group and by hash of the key, so that the parts are always the same.
 
     Transparent images are put on white and stored as RGB: programs differ in what they make of transparency, and all are to see
@@ -54,7 +54,7 @@ def write_data(folder: Path, *, clip_art_folder: Path | None = None, others: boo
 
     Args:
         clip_art_folder: see clip_art; with it the tuned domain is clip art, and all groups are general.
-        others: takes as many pairs of clip art again, none of which is among the first: for what was learnt from contests on those.
+        pairs: one of CLIP_ART. The others are for what was learnt from contests on the first.
     """
     lines = (FOLDER / "openmoji" / "data.csv").read_text(encoding="utf-8").splitlines()[1:]
     parts: dict[str, list[Pair]] = {"base": [], "guard-for-alpha": [], "guard": [], "tuned": []}
@@ -64,22 +64,21 @@ def write_data(folder: Path, *, clip_art_folder: Path | None = None, others: boo
         if part:
             parts[part].append((key, tags))
     files, images = folder / "files", folder / "images.lmdb"
-    _write_example(files, [key for pairs in parts.values() for key, _ in pairs])
+    _write_example(files, [key for part in parts.values() for key, _ in part])
     if clip_art_folder is not None:
         captions = clip_art(clip_art_folder)
         found = {f"clip-art/{path.relative_to(clip_art_folder)}": path for path in captions}
-        first = CLIP_ART if others else 0
-        chosen = sorted(found, key=lambda key: _fraction(key, "chosen"))[first : first + CLIP_ART]
+        chosen = sorted(found, key=lambda key: _fraction(key, "chosen"))[CLIP_ART[pairs]]
         for key in chosen:
             _write_file(files / key, Image.open(found[key]))
         parts["tuned"] = [(key, captions[found[key]]) for key in chosen]
     pack(files, images)
     tuned = sorted(parts.pop("tuned"), key=lambda pair: _fraction(pair[0], "fold"))
     tuned = tuned[: len(tuned) // FOLDS * FOLDS]
-    rows = {part: len(pairs) for part, pairs in parts.items()}
+    rows = {name: len(part) for name, part in parts.items()}
     data = Data(folder, images, rows | {"held-out": len(tuned) // FOLDS, "train": len(tuned) - len(tuned) // FOLDS})
-    for part, pairs in parts.items():
-        _write_csv(data.csv(part), pairs)
+    for name, part in parts.items():
+        _write_csv(data.csv(name), part)
     for fold in range(FOLDS):
         train = [pair for at, pair in enumerate(tuned) if at % FOLDS != fold]
         _write_csv(data.csv("held-out", fold), tuned[fold::FOLDS])
