@@ -43,7 +43,6 @@ OURS_DEFAULT = "clipjob, lr auto"
 LOCKED = f"{OURS_DEFAULT}, --lock-image"
 OURS: dict[str, list[str]] = {
     OURS_DEFAULT: ["--lr", "auto"],
-    "clipjob, lr 1e-3": ["--lr", "1e-3"],
     LOCKED: ["--lr", "auto", "--lock-image"],
 }
 """Flags of `clipjob train`; settings that are to be compared are one more line."""

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,58 @@ def test_the_best_scale_is_that_of_the_least_nll() -> None:
     assert calibration.SCALES[0] < scale < calibration.SCALES[1]
     assert scale == pytest.approx(float(fitted.exp().detach()), rel=2e-3)
     assert not calibration_at(image, text, pairs, logit_scale=scale).warning()
+
+
+def test_of_many_images_some_find_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    text = torch.nn.functional.normalize(torch.randn(40, 8, generator=generator), dim=-1)
+    near = torch.nn.functional.normalize(text + 0.7 * torch.randn(40, 8, generator=generator), dim=-1)
+    pairs = torch.tensor([(n, n) for n in range(40)] + [(n, (n + 1) % 40) for n in range(40)])  # the second half not in order
+    monkeypatch.setattr(calibration, "MOST_SEARCHED", 14)  # every third
+    every_third = torch.tensor([(n, text) for n, third in enumerate(range(0, 40, 3)) for text in (third, (third + 1) % 40)])
+    some = best_scale(near, text, pairs)
+    monkeypatch.undo()
+    assert some == best_scale(near[::3], text, every_third) != best_scale(near, text, pairs)
+
+
+MILLION = """
+import torch
+from benchmarks.machine import peak_rss_bytes
+from job.evaluate import calibration, retrieval
+from job.runtime.ranks import Ranks
+from job.runtime.world import World
+
+class OneOfMany(World):
+    # ranks its share of the queries; those of other ranks count as found
+    def total(self, values):
+        return values
+
+def scores(count):
+    image, text = (torch.nn.functional.normalize(torch.randn(count, 32), dim=-1) for _ in range(2))
+    pairs = torch.arange(count).repeat(2, 1).T
+    world = OneOfMany(Ranks(0, count // 16, 0, count // 16))
+    assert len(world.part(count)) == 16
+    found = retrieval.retrieval_scores(image, text, pairs, logit_scale=torch.tensor(10.0), median_ranks=True, world=world)
+    calibration.calibration_at(image[:16], text, pairs[:16], logit_scale=10.0)
+    calibration.best_scale(image[:16], text, pairs[:16])
+    assert 1 - 16 / count <= found["mean_recall"] < 1
+
+torch.manual_seed(0)
+calibration.TRIES, calibration.ROUNDS = 2, 1
+retrieval.CHUNK_ELEMENTS = 1 << 23  # 8 queries of a million answers
+scores(1024)
+before = peak_rss_bytes()
+scores(1 << 20)
+print(peak_rss_bytes() - before)
+"""
+
+
+def test_a_million_pairs_need_their_features_and_a_few_parts_of_similarities() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", MILLION], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    features, part, pair = 2 * 2**20 * 32 * 4, 2**23 * 4, 2 * 2**20 * 8
+    assert int(found.stdout) < features + 6 * part + 6 * pair  # 0.6 GB; all similarities would be 4.4 TB
 
 
 def test_a_scale_at_an_end_of_the_search_is_warned_of() -> None:

@@ -45,20 +45,31 @@ def computing(function: F) -> F:
 @click.option("--pretrained", default="", help="Tag or weights file, when WHAT is a model's name.")
 @click.option("--which", type=click.Choice(["best", "final"]), help="Of a run. [default: best, else final]")
 @click.option("--step", type=click.IntRange(0), help="A checkpoint of a run instead.")
-@click.option("--csv", default="", help="CSV of image keys and captions. [default: what the run held out]")
+@click.option("--csv", default="", help="CSV of image keys and captions; needs --lmdb. [default: what the run held out]")
 @click.option("--lmdb", default="", help="LMDB of its images.")
 @click.option("--csv-separator", default=None, help="Column separator: auto, a character, or 'tab'.")
 @click.option("--image-column", default=None, help="Column of image keys: auto or a name.")
 @click.option("--caption-column", default=None, help="Column of captions: auto or a name.")
 @click.option("--key-prefix", default=None, help="Put before every key of the CSV.")
 @click.option(
-    "--caption-mode", type=click.Choice(["whole", "sample"]), help="whole text, or each tag, is a caption. [default: whole]"
+    "--caption-mode",
+    type=click.Choice(["whole", "sample"]),
+    help="whole text, or each tag, is a caption. [default: as the run; else whole]",
 )
 @click.option("--tag-separator", default=None, help="Between the tags of a caption: auto or a string.")
-@click.option("--classes", type=click.Path(path_type=Path), help="File of class names, one per line. [default: the CSV's tags]")
-@click.option("--template", "templates", multiple=True, help='Text around a class name, such as "a photo of {}"; repeatable.')
+@click.option("--classes", type=click.Path(path_type=Path), help="File of class names, one per line. [default: the tags of --csv]")
 @click.option(
-    "--task", type=click.Choice(["all", "retrieval", "classification"]), default="all", show_default=True, help="What to score."
+    "--template",
+    "templates",
+    multiple=True,
+    help='Text around a class name, such as "a photo of {}"; repeatable. [default: the run\'s]',
+)
+@click.option(
+    "--task",
+    type=click.Choice(["all", "retrieval", "classification"]),
+    default="all",
+    show_default=True,
+    help="What to score. all: retrieval and calibration, and classification if there are --classes or tags are the captions.",
 )
 @click.option("--dataset", default="", help="What the records call the data. [default: the CSV's name]")
 @click.option("--json", "as_json", is_flag=True, help="Print CLIP_benchmark's record of each task, one per line.")

@@ -29,11 +29,17 @@ if TYPE_CHECKING:
     metavar="A",
     help="0: the base, 1: the tuned model, between: a mix. auto: see above; 1 without guard data.",
 )
-@click.option("--guard-csv", default="", help="CSV of pairs that the model must not forget. [default for auto: the run's]")
+@click.option(
+    "--guard-csv", default="", help="CSV of pairs that the model must not forget; needs --guard-lmdb. [default for auto: the run's]"
+)
 @click.option("--guard-lmdb", default="", help="LMDB of their images.")
 @click.option("--val-csv", default="", help="CSV to score on. [default: what the run held out]")
-@click.option("--val-lmdb", default="", help="LMDB of its images.")
-@click.option("--calibrate", is_flag=True, help="Set logit_scale so that probabilities are calibrated on validation data.")
+@click.option("--val-lmdb", default="", help="LMDB of its images. [default: the run's]")
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="Set logit_scale so that probabilities are calibrated on validation data. Not for models of the sigmoid loss.",
+)
 @click.option(
     "--format",
     "form",
