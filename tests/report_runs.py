@@ -47,16 +47,21 @@ def write_run(
     gallery: Mapping[str, Any] | None = None,
     gain: float = 0.6,
     losses: Mapping[int, float | None] | None = None,
+    guarded: bool = False,
     **settings: Any,
 ) -> Path:
     """A run. Args: attempts: of each, the step it began from, the last in its history, and its exit code (None: killed, and
-    three steps more were done). losses: of single steps. settings: that differ from the defaults."""
+    three steps more were done). losses: of single steps. guarded: with scores of a guard. settings: not the defaults."""
     base = {"csv": "/data/products.csv", "lmdb": "/data/images.lmdb", "model": "ViT-B-32", "pretrained": "laion2b_s34b_b79k"}
     config = Config(run=str(folder), **{**base, **settings})
     data = {"lmdb": {"entries": 12345, "bytes": 10**9}, "csv_sha256": "0" * 64}
     _write(folder / "config.json", encode({"version": "0.1.0", "config": config.to_json(), "data": data}))
     evaluated = sorted({round(at * steps / max(1, evaluations - 1)) for at in range(evaluations)})
     known = {step: scores(0.05 + gain * (1 - math.exp(-3 * step / steps))) for step in evaluated}
+    if guarded:
+        known = {
+            step: found | {f"guard_{name}": 0.5 - value / 10 for name, value in found.items()} for step, found in known.items()
+        }
     for number, (first, last, code) in enumerate(attempts, start=1):
         name = folder / "attempts" / f"{number:06}"
         began = 1_760_000_000 + number * 5000

@@ -177,6 +177,19 @@ def test_compare_shows_what_differs_and_the_best_first(tmp_path: Path) -> None:
     assert rows[0]["export"] == f"{tmp_path}/high/export/best"
 
 
+def test_compare_shows_what_the_guard_kept_of_runs_that_have_one(tmp_path: Path) -> None:
+    runs = [gather(str(write_run(tmp_path / "with", guarded=True))), gather(str(write_run(tmp_path / "without", gain=0.2)))]
+    head, guarded, bare = compare.to_text(rows := compare.rows_of(runs)).splitlines()
+    assert "guard: text→image @5" in head
+    assert "guard:" not in compare.to_text(compare.rows_of(runs[1:]))
+    after = rows[0]["after"]["guard_image_retrieval_recall@5"]
+    assert f"→ {after:.3f}" in guarded
+    assert bare.count("– → –") == 2
+    page = compare.render(runs)
+    assert "Guard: text → image @5" in page
+    assert f"{100 * after:.1f}" in page
+
+
 def test_runs_of_the_same_name_can_be_told_apart(tmp_path: Path) -> None:
     runs = [gather(str(write_run(tmp_path / name / "run"))) for name in ("a", "b")]
     assert compare.short_names(runs) == ["a/run", "b/run"]

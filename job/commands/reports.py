@@ -16,7 +16,7 @@ from job.commands.runs import run_uri
     default="clipjob-report.html",
     show_default=True,
     metavar="FILE",
-    help="Where to write the page; - for standard output.",
+    help="Where to write the page, over what is there; - for standard output.",
 )
 def report(runs: tuple[str, ...], out: str) -> int:
     """Write one HTML page about a run, or about several side by side.
@@ -42,7 +42,10 @@ def report(runs: tuple[str, ...], out: str) -> int:
 @click.argument("runs", nargs=-1, required=True, metavar="RUN…")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compare(runs: tuple[str, ...], as_json: bool) -> int:
-    """Show several runs in a table: settings that differ, recall before and after, speed. The best comes first."""
+    """Show several runs in a table: settings that differ, recall before and after (of the guard, too), speed.
+
+    The one with the best mean of its six recalls comes first.
+    """
     from job.report.compare import rows_of, to_text
     from job.report.facts import gather
 

@@ -9,6 +9,8 @@ from job.report.page import document
 from job.report.words import duration, esc, is_number, last_part, model_of, moment, number, percent
 
 SCORES = ("image_retrieval_recall@1", "image_retrieval_recall@5", "text_retrieval_recall@1", "text_retrieval_recall@5")
+GUARD_SCORES = ("guard_image_retrieval_recall@5", "guard_text_retrieval_recall@5")
+"""Shown if any of the runs has a guard."""
 COLOURS = 8
 MOST_POINTS = 80
 """Of one curve among several."""
@@ -30,8 +32,8 @@ def rows_of(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
             "complete": facts.result is not None,
             "step": facts.step,
             "settings": {setting: facts.settings.get(setting) for setting in differing},
-            "before": {score: facts.before[score] for score in SCORES if score in facts.before},
-            "after": {score: facts.after[score] for score in SCORES if score in facts.after},
+            "before": {score: facts.before[score] for score in (*SCORES, *GUARD_SCORES) if score in facts.before},
+            "after": {score: facts.after[score] for score in (*SCORES, *GUARD_SCORES) if score in facts.after},
             "score": facts.after.get("mean_recall"),
             "export": facts.result["export"] if facts.result else None,
             "export_step": facts.export_step,
@@ -59,17 +61,28 @@ def short_names(runs: Sequence[RunFacts]) -> list[str]:
     return [f"{name} ({at})" for at, name in enumerate(names, start=1)]
 
 
+def _shown_scores(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
+    """Of all runs and of the guard, if there is one: score -> head of its column."""
+    scores = dict(zip(SCORES, ("text→image @1", "@5", "image→text @1", "@5"), strict=True))
+    guarded = any(score in row["after"] for row in rows for score in GUARD_SCORES)
+    return scores, dict(zip(GUARD_SCORES, ("guard: text→image @5", "image→text @5"), strict=True)) if guarded else {}
+
+
 def to_text(rows: Sequence[dict[str, Any]]) -> str:
     """The table for a terminal."""
     settings = list(rows[0]["settings"]) if rows else []
-    head = ["run", *settings, "step", "text→image @1", "@5", "image→text @1", "@5", "export", "samples/s"]
+    scores, guard = _shown_scores(rows)
+    shown = scores | guard
+    head = ["run", *settings, "step", *shown.values(), "export", "samples/s"]
     lines = [head]
     for row in rows:
-        scores = [_before_after(row, score) for score in SCORES]
+        recalls = [_before_after(row, score) for score in shown]
         rate = row["samples_per_second"]
         export = "–" if row["export"] is None else f"{last_part(row['export'])}, step {row['export_step']}"
         step = f"{row['step']}" if row["complete"] else f"{row['step']} …"
-        lines.append([row["name"], *map(_setting, row["settings"].values()), step, *scores, export, f"{rate:.0f}" if rate else "–"])
+        lines.append(
+            [row["name"], *map(_setting, row["settings"].values()), step, *recalls, export, f"{rate:.0f}" if rate else "–"]
+        )
     widths = [max(len(line[at]) for line in lines) for at in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -103,7 +116,9 @@ def render(runs: Sequence[RunFacts]) -> str:
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     settings = list(rows[0]["settings"])
-    words = ["Step", "Text → image @1", "@5", "Image → text @1", "@5", "Mean recall", "Samples/s", "Time"]
+    scores, guard = _shown_scores(rows)
+    recalls = [word.replace("→", " → ").capitalize() for word in (*scores.values(), "mean recall", *guard.values())]
+    words = ["Step", *recalls, "Samples/s", "Time"]
     head = (
         "<th>Run</th>"
         + "".join(f"<th>{esc(name)}</th>" for name in settings)
@@ -114,8 +129,9 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         dot = f'<span class="swatch c{at % COLOURS}" style="display:inline-block;margin-right:8px"></span>'
         cells = [
             number(row["step"]) + ("" if row["complete"] else " …"),
-            *(percent(row["after"].get(score)) for score in SCORES),
+            *(percent(row["after"].get(score)) for score in scores),
             f"<b>{percent(row['score'])}</b>",
+            *(percent(row["after"].get(score)) for score in guard),
             number(row["samples_per_second"] and round(row["samples_per_second"], 1)),
             duration(row["seconds"]),
         ]
