@@ -25,7 +25,7 @@ from job.evaluate.card import MODEL_FILE
 from job.evaluate.encode import encode_held_out
 from job.evaluate.pairs import captions_of, held_out_of, open_pairs, reading_of
 from job.evaluate.retrieval import recall_at_5
-from job.model.build import CONFIG_FILE, WEIGHTS_FILE, load_base
+from job.model.build import CONFIG_FILE, WEIGHTS_FILE, ClipModel, load_base
 
 LOAD = """
 import sys, torch, open_clip
@@ -62,6 +62,16 @@ def loaded_elsewhere(name: str, picture: Path, **options: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1].replace("'", '"'))
 
 
+@torch.no_grad()
+def loaded_here(clip: ClipModel, base: Path, picture: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of the picture and of the text that LOAD encodes. Args: base: the folder with the model's preprocessing."""
+    module: Any = clip.module.eval()
+    preprocess = open_clip.create_model_and_transforms(f"local-dir:{base}")[2]
+    with Image.open(picture) as image:
+        image_feature = module.encode_image(preprocess(image)[None], normalize=True)[0]
+    return image_feature, module.encode_text(clip.tokenizer(["a red square, number 0"]), normalize=True)[0]
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / WEIGHTS_FILE)
 
@@ -76,15 +86,11 @@ def test_open_clip_alone_computes_the_same_features(run: Path, tmp_path: Path) -
     image, text, logit_scale, _ = loaded_elsewhere(f"local-dir:{tmp_path / 'out'}", tmp_path / "red.jpg")
     clip = load_base(run / "base")
     clip.module.load_state_dict(mix(run / "base" / WEIGHTS_FILE, run / "export" / "best" / WEIGHTS_FILE, 0.5))
-    module: Any = clip.module.eval()
-    with torch.no_grad():
-        expected = module.encode_text(clip.tokenizer(["a red square, number 0"]), normalize=True)[0]
-    assert torch.allclose(torch.tensor(text), expected, atol=1e-6)
+    expected = loaded_here(clip, run / "base", tmp_path / "red.jpg")
+    assert torch.allclose(torch.tensor(image), expected[0], atol=1e-6)
+    assert torch.allclose(torch.tensor(text), expected[1], atol=1e-6)
+    module: Any = clip.module
     assert logit_scale == pytest.approx(module.logit_scale.item(), abs=1e-6)
-    preprocess = open_clip.create_model_and_transforms(f"local-dir:{run / 'base'}")[2]
-    with torch.no_grad(), Image.open(tmp_path / "red.jpg") as picture:
-        expected = module.encode_image(preprocess(picture)[None], normalize=True)[0]
-    assert torch.allclose(torch.tensor(image), expected, atol=1e-6)
 
 
 def test_quickgelu_survives_in_every_format(run: Path, tmp_path: Path) -> None:
@@ -94,12 +100,21 @@ def test_quickgelu_survives_in_every_format(run: Path, tmp_path: Path) -> None:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         config["model_cfg"]["quick_gelu"] = True
         (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+        tensors = load_file(folder / WEIGHTS_FILE)
+        large = {name: tensor * 20 for name, tensor in tensors.items() if ".mlp.c_proj." in name}  # so the activation matters
+        save_file(tensors | large, folder / WEIGHTS_FILE)
         listed = json.loads((folder / "files.json").read_text(encoding="utf-8"))
-        del listed["files"][CONFIG_FILE]  # whose hash is another now
+        for name in (CONFIG_FILE, WEIGHTS_FILE):  # whose hashes are others now
+            del listed["files"][name]
         (folder / "files.json").write_text(json.dumps(listed), encoding="utf-8")
     (tmp_path / "red.jpg").write_bytes(tiny.picture(1, width=16, height=16))
     export(quick, tmp_path / "folder", "--format", "hf")
-    assert loaded_elsewhere(f"local-dir:{tmp_path / 'folder'}", tmp_path / "red.jpg")[3] == "QuickGELU"
+    image, _, _, activation = loaded_elsewhere(f"local-dir:{tmp_path / 'folder'}", tmp_path / "red.jpg")
+    assert activation == "QuickGELU"
+    clips = [load_base(whose / "base", weights=quick / "export" / "best" / WEIGHTS_FILE) for whose in (quick, run)]
+    expected, with_gelu = (loaded_here(clip, run / "base", tmp_path / "red.jpg")[0] for clip in clips)
+    assert torch.allclose(torch.tensor(image), expected, atol=1e-6)
+    assert not torch.allclose(torch.tensor(image), with_gelu, atol=1e-3)
     export(quick, tmp_path / "file", "--format", "safetensors")
     assert sorted(path.name for path in (tmp_path / "file").iterdir()) == ["README.md", "alpha.json", MODEL_FILE, WEIGHTS_FILE]
     assert json.loads((tmp_path / "file" / MODEL_FILE).read_text(encoding="utf-8"))["quick_gelu"] is True
