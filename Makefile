@@ -53,10 +53,12 @@ bench: $(VENV)/dev  ## All benchmarks, tables to benchmarks/results
 	$(BIN)/python -m benchmarks.quality --out benchmarks/results/quality.md
 	$(BIN)/python -m benchmarks.methods --out benchmarks/results/methods.md
 
-docs: $(VENV)/run  ## Write what is computed: configuration, scaling, dashboard, k8s/job.yaml
+docs: $(VENV)/run  ## Write what is computed: configuration, scaling, dashboard, the operator's alerts, k8s/job.yaml
 	$(BIN)/python docs/configuration.py > docs/configuration.md
 	$(BIN)/python docs/scaling.py > docs/scaling.md
 	$(BIN)/python monitoring/dashboard.py > monitoring/dashboard.json
+	(cat k8s/components/podmonitor/header.txt; sed -n '/^groups:/,$$s/^/  /p' monitoring/alerts.yaml) \
+		> k8s/components/podmonitor/prometheusrule.yaml
 	cd k8s/base && (cat header.txt; for part in serviceaccount configmap job; do echo ---; cat $$part.yaml; done) > ../job.yaml
 
 RESOLVE := uv pip compile --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links -q

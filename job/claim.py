@@ -125,6 +125,8 @@ def count_earlier_attempts(attempt: Attempt, restored: Restored | None) -> None:
     """Adds their time and what was lost to rank 0's ledger; what can't be read of it costs nobody a run."""
     if not attempt.world.is_first:
         return
+    if restored and "at" in restored.commit.info:
+        attempt.metrics.restored(restored.commit.step, at=restored.commit.info["at"])
     store, step, since, committed = attempt.store, 0, 1, {}
     if restored:
         step, since, committed = restored.commit.step, restored.commit.attempt, restored.commit.info.get("ledger", {})

@@ -29,6 +29,8 @@ def make_metrics(config: Config, *, watchdog: Watchdog, is_first: bool) -> Metri
     """Rank 0's are seen; the others count for nobody. Close it."""
     if config.tensorboard:
         check_board(config.tensorboard)
+    of_what_runs = versions()
+    of_what_runs["version"] = of_what_runs.pop("clipjob")
     textfile = None
     if config.metrics_textfile and is_first:
         textfile = Path(config.metrics_textfile) / f"clipjob-{hashlib.sha256(config.run.encode()).hexdigest()[:12]}.prom"
@@ -38,7 +40,7 @@ def make_metrics(config: Config, *, watchdog: Watchdog, is_first: bool) -> Metri
         textfile=textfile,
         board=Path(config.tensorboard) if config.tensorboard and is_first else None,
         watchdog=watchdog,
-        build=versions(),
+        build=of_what_runs,
     )
 
 
@@ -84,7 +86,7 @@ class Telemetry:
         steps: int,
         steps_per_epoch: float,
     ) -> None:
-        self._state, self._metrics, self._device = state, attempt.metrics, attempt.device
+        self._state, self._metrics, self._device, self._ledger = state, attempt.metrics, attempt.device, attempt.ledger
         self._steps, self._steps_per_epoch = steps, steps_per_epoch
         self._batch_size = config.global_batch_size
         ranks = attempt.world.ranks
@@ -104,7 +106,10 @@ class Telemetry:
 
     def row(self, row: dict[str, Any]) -> None:
         """A step that has been read."""
+        nonfinite = self._state.nonfinite_steps
         take_row(self._state, row)
+        self._ledger.skipped_samples += row["bad_samples"]
+        self._ledger.nonfinite_steps += self._state.nonfinite_steps - nonfinite
         self._progress.step(row, samples=self._batch_size)
         self._metrics.row(row, steps=self._steps, steps_per_epoch=self._steps_per_epoch)
         self._metrics.memory(device_memory(self._device))

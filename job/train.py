@@ -95,6 +95,8 @@ def train(config: Config, *, store: RunStore, stop: StopSignal, ranks: Ranks = A
             watchdog.beat(doing)
             stop.check(doing)
 
+        metrics = make_metrics(config, watchdog=watchdog, is_first=ranks.rank == 0)
+        closing.callback(metrics.close)
         store.check = lambda: check("moving files of the run")
         world = closing.enter_context(joined(ranks, check=lambda: check("waiting for the other ranks")))
         watchdog.on_hang = world.tell_failure
@@ -106,8 +108,6 @@ def train(config: Config, *, store: RunStore, stop: StopSignal, ranks: Ranks = A
         keep_freed_memory()
         if world.is_first:
             check_storage(config.run)
-        metrics = make_metrics(config, watchdog=watchdog, is_first=world.is_first)
-        closing.callback(metrics.close)
         progress = closing.enter_context(contextlib.closing(StagingProgress(also=metrics.staging, live=world.is_first)))
         scratch = closing.enter_context(working_folder(config.scratch, run=config.run))
         staging = closing.enter_context(staging_area(config, check=lambda: check("staging the data"), progress=progress))

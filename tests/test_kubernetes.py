@@ -35,7 +35,7 @@ PAGE = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
 VERSIONS = ("1.30", "1.31", "1.32", "1.33", "1.34", "1.35")
 BUNDLES = ["base", *(f"overlays/{path.name}" for path in sorted((K8S / "overlays").iterdir()))]
 COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
-OF_OPERATORS = ("PodMonitor", "JobSet")
+OF_OPERATORS = ("PodMonitor", "PrometheusRule", "JobSet")
 """Kinds that Kubernetes' own schemas do not know."""
 
 
@@ -79,6 +79,11 @@ def test_job_yaml_is_the_base() -> None:
     documents = list(yaml.safe_load_all((K8S / "job.yaml").read_text(encoding="utf-8")))
     key = lambda document: document["kind"]  # noqa: E731
     assert sorted(documents, key=key) == sorted(render(K8S / "base"), key=key)
+
+
+def test_the_operators_alerts_are_those_of_prometheus() -> None:
+    rule = yaml.safe_load((K8S / "components" / "podmonitor" / "prometheusrule.yaml").read_text(encoding="utf-8"))
+    assert rule["spec"] == yaml.safe_load((K8S.parent / "monitoring" / "alerts.yaml").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from system import Job, finish, newest_step, removed_afterwards, train_command
+from system import Job, newest_step, removed_afterwards, train_command
 
 from job.checkpoint.store import RunStore
 from job.runtime.ledger import STATES, Ledger
@@ -110,9 +110,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         yield place
 
 
-def ledger_of(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = RunStore(str(run)).commits()[0].info["ledger"]
-    return found
+def seconds_in(told: dict[str, Any]) -> float:
+    """Of all states. Args: told: by a beacon, or by the info of a commit."""
+    return float(sum(told["ledger"]["seconds"].values()))
 
 
 @pytest.mark.system
@@ -120,20 +120,25 @@ def test_states_add_up_to_wall_time_through_a_kill(folder: Path) -> None:
     run = folder / "run"
     settings = {"global_batch_size": 16, "val_fraction": 0.02, "evaluate_every": 0, "torch_threads": 1, "checkpoint_every": 30}
     command = train_command(run, scratch=folder / "scratch", max_steps=120, **settings)
-    with Job(*command) as job:
+    with Job(*command, forked=False) as job:  # imports are a part of its time
+        started = time.time()
         job.until(lambda: newest_step(run) >= 30, "step 30")
         job.until(lambda: max((line["step"] for line in job.seen("step")), default=0) >= 45, "step 45")
         job.send(signal.SIGKILL)
         job.end()
-        killed_after = time.monotonic() - job.started
+        killed = time.time()
     beacon = json.loads((run / "attempts" / "000001-beacon.json").read_text(encoding="utf-8"))
-    began = time.monotonic()
-    finish(command)
-    last = ledger_of(run)
-    wall = killed_after + time.monotonic() - began
-    total = sum(last["seconds"].values())
-    # Known to one beacon of 10 seconds; the end of the last attempt (exports, the interpreter's exit) comes after its last commit.
-    assert wall - 10.0 - 4.0 < total <= wall
+    told = [beacon, RunStore(str(run)).commits()[0].info]
+    for one in told:
+        assert seconds_in(one) == pytest.approx(one["at"] - started, rel=0.01)
+    known = max(map(seconds_in, told))
+    assert killed - started - known < 10.0 + 4.0  # one beacon, and the time that writing it took
+    with Job(*command, forked=False) as job:
+        started = time.time()
+        assert job.end() == 0
+    end = RunStore(str(run)).commits()[0].info
+    assert seconds_in(end) == pytest.approx(known + end["at"] - started, rel=0.01)
+    last = end["ledger"]
     assert last["restarts"] == 1
     assert 0 <= last["lost_steps"] == max(0, beacon["step"] - 30)
     assert (last["seconds"]["recompute"] > 0) == (last["lost_steps"] > 0)

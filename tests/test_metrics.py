@@ -1,13 +1,20 @@
 """/metrics: there from the start, on a free port if need be, and with what the job knows."""
 
+import math
 import socket
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from job.attempt import versions
+from job.config import Config
+from job.runtime import metrics as metrics_module
 from job.runtime.metrics import Metrics
+from job.runtime.watchdog import Watchdog
+from job.telemetry import make_metrics
 
 
 def free_port() -> int:
@@ -79,25 +86,23 @@ def test_a_step_is_told_under_the_names_that_dashboards_use(metrics: Metrics) ->
     assert found['clipjob_train_accuracy_ratio{direction="text_to_image"}'] == 0.25
     assert found["clipjob_samples_per_second"] == 32.0
     assert found["clipjob_step_duration_seconds_sum"] == 0.5
-    assert found['clipjob_skipped_samples_total{reason="undecodable"}'] == 2
     assert found['clipjob_eval_recall_ratio{direction="image_to_text",k="5"}'] == 0.75
     assert found['clipjob_eval_recall_ratio{direction="text_to_image",k="1"}'] == 0.5
     assert found["clipjob_resume_duration_seconds"] == 4.0
     assert found['clipjob_run_info{model="ViT-B-32",pretrained="openai",run="r"}'] == 1
 
 
-def test_a_step_without_a_number_is_counted_and_leaves_the_last_ones(metrics: Metrics) -> None:
+def test_a_step_without_a_number_leaves_the_last_ones(metrics: Metrics) -> None:
     metrics.row(ROW, steps=10, steps_per_epoch=10.0)
     metrics.row({**ROW, "step": 8, "loss": None}, steps=10, steps_per_epoch=10.0)
-    found = read(metrics)
-    assert found["clipjob_nonfinite_steps_total"] == 1
-    assert found["clipjob_train_loss"] == 1.5
+    assert read(metrics)["clipjob_train_loss"] == 1.5
 
 
 def test_counters_are_those_of_all_attempts_and_absent_until_they_are_known(metrics: Metrics) -> None:
     metrics.start_run(run="r", model="m", pretrained="", step=10, steps=100, samples_per_step=16)
     assert not [name for name in read(metrics) if name.startswith(("clipjob_time_seconds", "clipjob_samples_total"))]
     ledger = {"seconds": {"productive": 50.0, "recompute": 6.0}, "restarts": 1, "preemptions": 0, "lost_steps": 3}
+    ledger |= {"skipped_samples": 2, "nonfinite_steps": 1}
     metrics.tell({"step": 10, "ledger": ledger})
     found = read(metrics)
     assert found["clipjob_samples_total"] == 13 * 16
@@ -105,13 +110,58 @@ def test_counters_are_those_of_all_attempts_and_absent_until_they_are_known(metr
     assert found["clipjob_restarts_total"] == 1
     assert found['clipjob_time_seconds_total{state="recompute"}'] == 6.0
     assert found["clipjob_goodput_ratio"] == pytest.approx(50 / 56)
+    assert found['clipjob_skipped_samples_total{reason="undecodable"}'] == 2
+    assert found["clipjob_nonfinite_steps_total"] == 1
 
 
-def test_a_textfile_carries_the_same(tmp_path: Path) -> None:
-    metrics = Metrics(port=0, textfile=tmp_path / "clipjob.prom")
-    metrics.row(ROW, steps=10, steps_per_epoch=10.0)
-    metrics.close()
-    assert "clipjob_train_loss 1.5" in (tmp_path / "clipjob.prom").read_text(encoding="utf-8")
+def test_what_is_not_known_yet_is_not_a_number(metrics: Metrics) -> None:
+    found = read(metrics)
+    for name in (
+        "train_loss",
+        "learning_rate",
+        "step",
+        "checkpoint_last_success_step",
+        "checkpoint_last_success_timestamp_seconds",
+    ):
+        assert math.isnan(found[f"clipjob_{name}"])
+    for name in ("run_completed_timestamp_seconds", "checkpoints_waiting", "staging_bytes_planned", "staging_bytes_total"):
+        assert found[f"clipjob_{name}"] == 0
+
+
+def test_a_restored_checkpoint_is_the_last_durable_one(metrics: Metrics) -> None:
+    metrics.restored(20, at=1_750_000_000.5)
+    found = read(metrics)
+    assert found["clipjob_checkpoint_last_success_timestamp_seconds"] == 1_750_000_000.5
+    assert found["clipjob_checkpoint_last_success_step"] == 20
+    assert found['clipjob_checkpoint_saves_total{result="ok"}'] == 0
+
+
+def test_the_versions_of_what_runs_are_told() -> None:
+    made = make_metrics(
+        Config(csv="c", lmdb="l", run="r", metrics_port=free_port()), watchdog=Watchdog(limit_seconds=0), is_first=True
+    )
+    try:
+        (name,) = (name for name in read(made) if name.startswith("clipjob_build_info"))
+    finally:
+        made.close()
+    assert all(
+        f'{label}="{versions()[of]}"' in name for label, of in (("version", "clipjob"), ("torch", "torch"), ("cuda", "cuda"))
+    )
+
+
+def test_a_textfile_carries_the_same_and_stays_after_a_complete_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "TEXTFILE_SECONDS", 0.01)
+    place = tmp_path / "clipjob.prom"
+    for completes in (False, True):
+        metrics = Metrics(port=0, textfile=place)
+        metrics.row(ROW, steps=10, steps_per_epoch=10.0)
+        while not (place.exists() and "clipjob_train_loss 1.5" in place.read_text(encoding="utf-8")):
+            time.sleep(0.01)
+        if completes:
+            metrics.complete()
+        metrics.close()
+        assert place.exists() == completes
+    assert "clipjob_run_completed_timestamp_seconds 0" not in place.read_text(encoding="utf-8")
 
 
 def test_a_taken_port_is_met_by_a_free_one(metrics: Metrics) -> None:

@@ -37,6 +37,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def scraped(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+        found: str = reply.read().decode()
+    return found
+
+
 def promtool(*words: str, given: str = "") -> str:
     found = subprocess.run(["promtool", *words], input=given, capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stdout + found.stderr
@@ -60,8 +66,7 @@ def test_every_alert_has_a_test_of_firing() -> None:
 def test_metrics_follow_the_conventions() -> None:
     metrics = Metrics(port=free_port())
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{metrics.port}/metrics", timeout=10) as reply:
-            said = promtool("check", "metrics", given=reply.read().decode())
+        said = promtool("check", "metrics", given=scraped(metrics.port))
     finally:
         metrics.close()
     assert said.strip() == ""
@@ -139,6 +144,17 @@ def until(condition: Callable[[], Any], what: str) -> Any:
     return found
 
 
+COUNTERS_OF_ALL_ATTEMPTS = (
+    "samples",
+    "lost_steps",
+    "time_seconds",
+    "restarts",
+    "preemptions",
+    "nonfinite_steps",
+    "skipped_samples",
+)
+
+
 def guard(path: Path) -> Path:
     """The first 50 pairs of the demo. Returns: the path."""
     lines = Path(demo_settings()["csv"]).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -183,8 +199,11 @@ def test_prometheus_follows_a_run_through_a_kill(folder: Path) -> None:
                 assert picture.stat().st_size > 50_000
                 if place := os.environ.get("DASHBOARD_PNG"):
                     shutil.copy(picture, place)
-            for counter in ("clipjob_samples_total", "clipjob_lost_steps_total", "clipjob_time_seconds_total"):
-                for series in prometheus.query(counter, path="query_range", start=began, end=time.time(), step=1):
+            assert promtool("check", "metrics", given=scraped(port)).strip() == ""
+            for counter in COUNTERS_OF_ALL_ATTEMPTS:
+                found = prometheus.query(f"clipjob_{counter}_total", path="query_range", start=began, end=time.time(), step=1)
+                assert found, counter
+                for series in found:
                     values = [float(value) for _, value in series["values"]]
                     assert values == sorted(values), (counter, series["metric"])
             job.send(signal.SIGTERM)

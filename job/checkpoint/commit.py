@@ -43,7 +43,8 @@ class Commit:
     config_hash: str = ""
     """sha256 of the run's config.json."""
     info: dict[str, Any] = field(default_factory=dict)
-    """What the trainer put beside it: whether the step was evaluated, metrics, ledger."""
+    """What the trainer put beside it: whether the step was evaluated, metrics, ledger. And "at": when it was taken, in seconds
+    since 1970."""
 
     @property
     def name(self) -> str:

@@ -105,6 +105,7 @@ class CheckpointWriter:
             copied.record()  # on the current stream of the job's device, where the copies and the next step queue up
         facts = {} if self._rank else state.facts()
         self._saves += 1
+        info = {**info, "at": round(time.time(), 3)}
         entry = Entry(state.step, self._saves, Path(), {}, history, info, state.best_step, needed, began)
         self._abandon.clear()
         self.last_step = state.step

@@ -30,6 +30,8 @@ class Ledger:
         """Attempts that ended because they were asked to."""
         self.lost_steps = 0
         """Steps that were done and have to be done again."""
+        self.skipped_samples = self.nonfinite_steps = 0
+        """Of all steps, those that were lost included."""
         self.recompute_until = 0
         """The last step that an earlier attempt is known to have done."""
 
@@ -70,6 +72,8 @@ class Ledger:
             "restarts": self.restarts,
             "preemptions": self.preemptions,
             "lost_steps": self.lost_steps,
+            "skipped_samples": self.skipped_samples,
+            "nonfinite_steps": self.nonfinite_steps,
             "recompute_until": self.recompute_until,
         }
 
@@ -89,12 +93,15 @@ class Ledger:
             self._seconds[state] += max(float(found.get("seconds", {}).get(state, 0.0)) for found in (committed, last))
         self.restarts = restarts
         reached = int(beacon["step"]) if beacon else step
-        lost_before, preemptions, until = (
-            max(int(found.get(name, 0)) for found in (committed, last)) for name in ("lost_steps", "preemptions", "recompute_until")
-        )
-        self.preemptions = preemptions + preempted
-        self.lost_steps = lost_before + max(0, reached - step)
-        self.recompute_until = max(until, reached)
+
+        def before(name: str) -> int:
+            return max(int(found.get(name, 0)) for found in (committed, last))
+
+        self.preemptions = before("preemptions") + preempted
+        self.lost_steps = before("lost_steps") + max(0, reached - step)
+        self.skipped_samples += before("skipped_samples")
+        self.nonfinite_steps += before("nonfinite_steps")
+        self.recompute_until = max(before("recompute_until"), reached)
 
 
 def process_age_seconds() -> float:

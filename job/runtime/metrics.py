@@ -3,19 +3,19 @@
 import errno
 import json
 import logging
+import math
 import socketserver
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, make_wsgi_app, write_to_textfile
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from job.runtime.board import Board
+from job.runtime.totals import Totals
 from job.runtime.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,8 @@ class Metrics:
     Args:
         port: of /metrics. Taken: a free one, which `port` then names. 0: no server.
         host: the address to listen on.
-        textfile: written every TEXTFILE_SECONDS with the same, for node_exporter where nothing scrapes jobs.
+        textfile: written every TEXTFILE_SECONDS with the same, for node_exporter where nothing scrapes jobs; it stays if the run is
+            complete.
         board: folder for TensorBoard's event files.
         watchdog: whose heartbeat /healthz shows: 503 when it is too old. /readyz is 200 once steps are taken.
         build: versions, for clipjob_build_info.
@@ -50,8 +51,7 @@ class Metrics:
     ) -> None:
         self._registry = CollectorRegistry()
         self._watchdog = watchdog or Watchdog(limit_seconds=0)
-        self._beacon: Mapping[str, Any] | None = None
-        self._samples_per_step = self._at = 0
+        self._at = 0
         self._mfu: Gauge | None = None
         self._flops_share = 0.0
         self._board: Board | None = None
@@ -68,29 +68,28 @@ class Metrics:
         self._lr = self._gauge("clipjob_learning_rate", "Of the last step.")
         self._norm = self._gauge("clipjob_gradient_norm", "Before clipping.")
         self._scale = self._gauge("clipjob_logit_scale", "1 / temperature.")
-        self._nonfinite = self._counter("clipjob_nonfinite_steps", "Steps whose loss or gradient was not finite.")
-        self._skipped = self._counter("clipjob_skipped_samples", "Samples left out.", ("reason",))
         self._duration = self._histogram("clipjob_step_duration_seconds", "Time of a step.", STEP_BUCKETS)
         self._rate = self._gauge("clipjob_samples_per_second", "Of the last step.")
         self._staged = self._counter("clipjob_staging_bytes", "Bytes of remote files that have come to scratch.")
-        self._planned = self._gauge("clipjob_staging_bytes_planned", "Bytes of the remote files that this attempt needs.")
+        self._planned = self._gauge("clipjob_staging_bytes_planned", "Bytes of the remote files that this attempt needs.", start=0)
         self._saves = self._counter("clipjob_checkpoint_saves", "Tries to send a checkpoint: ok, failed.", ("result",))
         self._stall = self._histogram("clipjob_checkpoint_stall_seconds", "What a save cost the training thread.", STALL_BUCKETS)
         self._upload = self._histogram("clipjob_checkpoint_upload_seconds", "Time that sending a save took.", UPLOAD_BUCKETS)
         self._bytes = self._gauge("clipjob_checkpoint_bytes", "Size of the last checkpoint.")
         self._saved_at = self._gauge("clipjob_checkpoint_last_success_timestamp_seconds", "When one last became durable.")
         self._saved_step = self._gauge("clipjob_checkpoint_last_success_step", "Step of the last durable checkpoint.")
-        self.waiting = self._gauge("clipjob_checkpoints_waiting", "Checkpoints that wait on scratch because storage fails.")
+        waiting = "Checkpoints that wait on scratch because storage fails."
+        self.waiting = self._gauge("clipjob_checkpoints_waiting", waiting, start=0)
         self._resumed = self._gauge("clipjob_resume_duration_seconds", "From the start of this attempt to its first step.")
         self._recall = self._gauge("clipjob_eval_recall_ratio", "Held-out recall.", ("direction", "k"))
         self._guard = self._gauge("clipjob_guard_recall_ratio", "Recall on the guard data.", ("direction", "k"))
         self._memory = self._gauge("clipjob_device_memory_bytes", "Of the GPU.", ("kind",))
-        self._completed = self._gauge("clipjob_run_completed_timestamp_seconds", "When the run became complete; 0 before.")
-        for reason in ("undecodable",):
-            self._skipped.labels(reason=reason)
+        self._completed = self._gauge("clipjob_run_completed_timestamp_seconds", "When the run became complete; 0 before.", start=0)
         for result in ("ok", "failed"):
             self._saves.labels(result=result)
-        self._registry.register(_OfLedger(self))
+        self._totals = Totals()
+        self._registry.register(self._totals)
+        self._is_complete = False
         self._seen: dict[str, int] = {}
         self._plans: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -124,7 +123,7 @@ class Metrics:
             self._mfu = self._gauge("clipjob_mfu_ratio", "Arithmetic that the model needed, of what the devices could have done.")
             self._flops_share = flops_share
         self._run.info({"run": run, "model": model, "pretrained": pretrained})
-        self._samples_per_step = samples_per_step
+        self._totals.samples_per_step = samples_per_step
         self._at = step
         self._step.set(step)
         self._steps.set(steps)
@@ -142,15 +141,13 @@ class Metrics:
         self._eta.set((steps - row["step"]) * row["seconds"])
         self._lr.set(row["lr"])
         self._duration.observe(row["seconds"])
-        rate = self._samples_per_step / max(row["seconds"], 1e-9)
+        rate = self._totals.samples_per_step / max(row["seconds"], 1e-9)
         self._rate.set(rate)
         if self._mfu:
             self._mfu.set(rate * self._flops_share)
         if self._board:
             self._board.row(row, samples_per_second=rate)
-        self._skipped.labels(reason="undecodable").inc(row["bad_samples"])
         if row["loss"] is None or row["gradient_norm"] is None:
-            self._nonfinite.inc(row["pairs"] >= 2)
             return
         self._loss.set(row["loss"])
         self._norm.set(row["gradient_norm"])
@@ -175,6 +172,7 @@ class Metrics:
             self._memory.labels(kind=kind).set(size)
 
     def complete(self) -> None:
+        self._is_complete = True
         self._completed.set(time.time())
 
     def staging(self, name: str, done_bytes: int, planned_bytes: int) -> None:
@@ -194,37 +192,27 @@ class Metrics:
         self._saved_at.set(time.time())
         self._saved_step.set(step)
 
+    def restored(self, step: int, *, at: float) -> None:
+        """An earlier attempt's checkpoint, of that time, is the last one so far. Args: at: seconds since 1970."""
+        self._saved_at.set(at)
+        self._saved_step.set(step)
+
     def save_failed(self) -> None:
         """A try to send a checkpoint failed; it will be tried again."""
         self._saves.labels(result="failed").inc()
 
     def tell(self, beacon: Mapping[str, Any]) -> None:
-        """What the run's beacon says: its counters are those of all attempts, and a later one can't fall behind them."""
-        self._beacon = beacon
-
-    def of_ledger(self) -> Iterator[Metric]:
-        """What earlier attempts have a part in; nothing before that is known."""
-        if self._beacon is None:
-            return
-        step, ledger = self._beacon["step"], self._beacon["ledger"]
-        seconds = CounterMetricFamily("clipjob_time_seconds", "Wall time of all attempts by what it went into.", labels=["state"])
-        for state, value in ledger["seconds"].items():
-            seconds.add_metric([state], value)
-        yield seconds
-        goodput = ledger["seconds"]["productive"] / max(sum(ledger["seconds"].values()), 1e-9)
-        yield GaugeMetricFamily("clipjob_goodput_ratio", "Share of the time in which steps were done that counted.", goodput)
-        yield CounterMetricFamily("clipjob_restarts", "Attempts after the first.", ledger["restarts"])
-        yield CounterMetricFamily("clipjob_preemptions", "Attempts that were asked to stop.", ledger["preemptions"])
-        yield CounterMetricFamily("clipjob_lost_steps", "Steps that had to be done again.", ledger["lost_steps"])
-        done = (step + ledger["lost_steps"]) * self._samples_per_step
-        yield CounterMetricFamily("clipjob_samples", "Samples consumed, lost ones included.", done)
+        """What the run's beacon says: the counters of all attempts."""
+        self._totals.beacon = beacon
 
     def close(self) -> None:
         self._closed.set()
         if self._board:
             self._board.close()
-        if self._textfile:
+        if self._textfile and self._is_complete:
             self._write_once(self._textfile)
+        elif self._textfile:
+            self._textfile.unlink(missing_ok=True)  # this job is no more; the run's next attempt may be on another node
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
@@ -250,22 +238,18 @@ class Metrics:
         start_response("200 OK" if good else "503 Service Unavailable", [("Content-Type", "application/json")])
         return [json.dumps(status).encode() + b"\n"]
 
-    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
-        return Gauge(name, text, labels, registry=self._registry)
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = (), *, start: float = math.nan) -> Gauge:
+        """Not a number until it is known: a loss of 0 after a restart would be a lie."""
+        made = Gauge(name, text, labels, registry=self._registry)
+        if not labels:
+            made.set(start)
+        return made
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(name, text, labels, registry=self._registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, registry=self._registry, buckets=buckets)
-
-
-class _OfLedger(Collector):
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> Iterator[Metric]:
-        return self._metrics.of_ledger()
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
