@@ -13,6 +13,7 @@
 #   CONTAINER_RUNTIME    none, pyxis, apptainer or podman                  [none]
 #   IMAGE, MOUNTS        the container's image, and folders it needs: /a:/a,/b:/b  [the folder of sbatch]
 #   MAX_REQUEUES         how often it may be requeued; 0: never            [100]
+#   METRICS_SD           a folder that Prometheus watches (file_sd): while the job runs, clipjob-<job>.json there says where    [none]
 #
 #SBATCH --job-name=clipjob
 #SBATCH --nodes=1
@@ -64,6 +65,18 @@ fi
 : "${CLIPJOB_RUN:=$SLURM_SUBMIT_DIR/$SLURM_JOB_NAME-$job}"
 export CLIPJOB_RUN CLIPJOB_DEVICE
 
+targets=""
+if [ -n "${METRICS_SD:-}" ]; then # rank 0 is on this node, which other jobs may share: the port is this job's own
+    : "${CLIPJOB_METRICS_PORT:=$((20000 + SLURM_JOB_ID % 10000))}"
+    export CLIPJOB_METRICS_PORT
+    targets=$METRICS_SD/clipjob-$job.json
+    labels=$(printf '{"job": "clipjob", "slurm_job": "%s", "slurm_job_name": "%s"}' "$job" "$SLURM_JOB_NAME")
+    if ! echo "[{\"targets\": [\"$(hostname):$CLIPJOB_METRICS_PORT\"], \"labels\": $labels}]" > "$targets.part" ||
+        ! mv "$targets.part" "$targets"; then
+        say "METRICS_SD: $targets could not be written, so Prometheus does not hear of this job"
+    fi
+fi
+
 case "${arguments[0]:-}" in
     "") if [ -n "${CLIPJOB_CSV:-}${CLIPJOB_CONFIG:-}" ]; then arguments=(train); else arguments=(demo); fi ;;
     -*) arguments=(train "${arguments[@]}") ;;
@@ -110,6 +123,7 @@ wait "$step"
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done # the trap ends wait early
 wait "$step"                                             # bash keeps the status of a child that has ended
 code=$?
+[ -z "$targets" ] || rm -f "$targets"
 
 # Slurm sends TERM to every process of the job when it ends it, from a requeue on as well; these have to finish. An ignored signal is
 # inherited.

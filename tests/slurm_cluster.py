@@ -107,9 +107,11 @@ class Cluster:
         mine = {pid: found for pid, found in mine.items() if found.get("SLURM_CONF") == conf and pid != os.getpid()}
         chosen = {pid for pid, found in mine.items() if node in ("", found.get("SLURMD_NODENAME", ""))}
         chosen |= {parent for parent in map(_parent, chosen) if _is_step(parent)}
-        for pid in chosen - {daemon.pid for daemon in self.daemons.values()}:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        chosen -= {daemon.pid for daemon in self.daemons.values()}
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # else a step tells the controller of its job's death before its own
+            for pid in sorted(chosen, key=_is_step, reverse=True):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def _start(self, command: list[str], name: str, *, user: str = "") -> "subprocess.Popen[bytes]":
         with (self.folder / f"{name}.out").open("ab") as out:

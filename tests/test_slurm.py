@@ -3,12 +3,15 @@
 Jobs mostly wait, so those that need nobody are submitted together, before the first test (`jobs`); the tests look at their ends.
 """
 
+import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,22 +103,13 @@ def program(folder: Path, name: str, body: str) -> str:
     return str(path)
 
 
-def slow_scontrol(folder: Path) -> Path:
-    """A folder whose scontrol takes its time to update a job, so that the TERM of a requeue comes before. Returns: the folder."""
+def stand_in(folder: Path, command: str, before: str) -> str:
+    """A PATH on which a command of Slurm does something else before. Args: before: in sh; it may exit."""
     folder.mkdir()
-    script = folder / "scontrol"
-    script.write_text(f'#!/bin/sh\n[ "$1" != update ] || sleep 3\nexec {shutil.which("scontrol")} "$@"\n')
+    script = folder / command
+    script.write_text(f'#!/bin/sh\n{before}\nexec {shutil.which(command)} "$@"\n')
     script.chmod(0o755)
-    return folder
-
-
-def squeue_that_fails_once(folder: Path) -> Path:
-    """A folder with a squeue whose first call gets no answer. Returns: the folder."""
-    folder.mkdir()
-    script = folder / "squeue"
-    script.write_text(f'#!/bin/sh\nmkdir {folder}/asked 2>/dev/null && exit 1\nexec {shutil.which("squeue")} "$@"\n')
-    script.chmod(0o755)
-    return folder
+    return f"{folder}:{os.environ['PATH']}"
 
 
 def until(condition: Callable[[], Any], what: Callable[[], str] | str, *, seconds: float = 180) -> Any:
@@ -173,7 +167,7 @@ def jobs(cluster: Cluster, folder: Path) -> dict[str, str]:
         folder / "elsewhere",
         flags=("--partition=mortal",),
         CLIPJOB=program(folder, "elsewhere", FIRST_71_THEN_65),
-        PATH=f"{slow_scontrol(folder / 'slow')}:{os.environ['PATH']}",
+        PATH=stand_in(folder / "slow", "scontrol", '[ "$1" != update ] || sleep 3'),  # the TERM of a requeue comes before
     )
     found["complete"] = submit(cluster, None, "--run", str(folder / "complete"), "--max-steps", str(STEPS), *data_flags())
     found["bad data"] = submit(cluster, folder / "bad-data", "--csv", "/nowhere.csv", "--lmdb", "/nowhere")
@@ -213,7 +207,10 @@ def ended(cluster: Cluster, job: str, *, state: str, code: int, restarts: int) -
 
 
 def requeued(cluster: Cluster, job: str, times: int = 1) -> None:
-    until(lambda: cluster.restarts(job) >= times, lambda: f"no requeue of {job}:\n{cluster.log(job)[-4000:]}")
+    until(
+        lambda: cluster.restarts(job) >= times,
+        lambda: f"no requeue of {job}, which is {cluster.state(job)}:\n{cluster.log(job)[-4000:]}",
+    )
 
 
 # What needs no cluster
@@ -229,6 +226,78 @@ def test_policies_are_those_of_the_exit_codes() -> None:
     classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.JobError)]
     special = {errors.Stopped.exit_code, errors.DeviceError.exit_code}
     assert {kind.exit_code for kind in classes} <= PERMANENT | OTHERS | special  # a new code needs a decision
+
+
+def test_the_page_names_every_code_where_the_script_puts_it() -> None:
+    page = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d[^|]*) \| ([^|]+) \|$", page, re.MULTILINE)
+    codes = {frozenset(map(int, re.findall(r"\b\d\d?\b", first.split(":")[0].split(", a kill")[0]))): then for first, then in rows}
+    assert codes[frozenset(PERMANENT)].startswith("stays ended")
+    assert codes[frozenset({errors.DeviceError.exit_code})].startswith("requeued with this node excluded")
+    assert codes[frozenset(code for code in OTHERS if code < 128)].startswith("requeued if there was a new checkpoint")
+    assert page.count(f"exit {errors.Stopped.exit_code}, requeued by the script") == 2
+
+
+NOTE_ARGUMENTS = """#!/bin/sh
+case " $* " in
+    *" inspect "*) echo complete ;;
+    *) printf '%s\\n' "$0" "$@" > "$NOTED"; printf '%s\\n' "device $CLIPJOB_DEVICE" "run $CLIPJOB_RUN" >> "$NOTED" ;;
+esac
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """Slurm, and runtimes of containers, that only note what they are to start; and a project with its environment."""
+    for place in ("bin/srun", "bin/apptainer", "bin/podman", "project/.venv/bin/clipjob"):
+        path = tmp_path / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(NOTE_ARGUMENTS, encoding="utf-8")
+        path.chmod(0o755)
+    (tmp_path / "project" / "slurm").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho '   Command={tmp_path}/project/slurm/train.sh --csv x'\n", encoding="utf-8")
+    scontrol.chmod(0o755)
+    return tmp_path
+
+
+def started(site: Path, *arguments: str, **environment: str) -> list[str]:
+    """What train.sh gives to srun, whose name comes first; then the device and the run, as the job sees them."""
+    of_slurm = {"SLURM_JOB_ID": "12", "SLURM_JOB_NAME": "mine", "SLURM_SUBMIT_DIR": "/data", "SLURMD_NODENAME": "n1"}
+    path = f"{site}/bin:/usr/bin:/bin"
+    variables = {"PATH": path, "NOTED": str(site / "noted"), **of_slurm, **environment}
+    found = subprocess.run(["bash", str(SLURM / "train.sh"), *arguments], env=variables, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return (site / "noted").read_text(encoding="utf-8").splitlines()
+
+
+PODMAN = ["podman", "run", "--rm", "--network=host", "--env-host", "--device", "nvidia.com/gpu=all", "--entrypoint", ""]
+LAUNCH = ["--cpus-per-task=1", "--kill-on-bad-exit=0"]
+
+
+def test_without_arguments_it_is_the_demo_by_the_projects_own_command(site: Path) -> None:
+    clipjob = f"{site}/project/slurm/../.venv/bin/clipjob"
+    assert started(site) == [f"{site}/bin/srun", *LAUNCH, clipjob, "demo", "device cuda", "run /data/mine-12"]
+
+
+def test_settings_are_for_training(site: Path) -> None:
+    clipjob = str(site / "project" / ".venv" / "bin" / "clipjob")
+    found = started(site, "--csv", "a b.csv", "--run=/runs/x", CLIPJOB=clipjob, SLURM_CPUS_PER_TASK="6", CLIPJOB_DEVICE="cpu")
+    expected = ["--cpus-per-task=6", LAUNCH[1], clipjob, "train", "--csv", "a b.csv", "device cpu", "run /runs/x"]
+    assert found[1:] == expected
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [
+        ("pyxis", ["--container-image=a.sqsh", "--container-mounts=/a:/a,/b:/b", "--no-container-mount-home"]),
+        ("apptainer", ["apptainer", "exec", "--nv", "--bind", "/a:/a,/b:/b", "a.sqsh"]),
+        ("podman", [*PODMAN, "--volume", "/a:/a", "--volume", "/b:/b", "a.sqsh"]),
+    ],
+)
+def test_a_container_runs_the_same_command(site: Path, runtime: str, words: list[str]) -> None:
+    found = started(site, CONTAINER_RUNTIME=runtime, IMAGE="a.sqsh", MOUNTS="/a:/a,/b:/b")
+    assert found[1:-2] == [*LAUNCH, *words, "clipjob", "demo"]
 
 
 @pytest.mark.skipif(
@@ -322,14 +391,23 @@ def test_preempted_it_goes_on_to_the_weights_of_a_calm_run(
 @REAL
 def test_what_a_user_cancels_stays_cancelled(cluster: Cluster, folder: Path, jobs: dict[str, str]) -> None:
     run = folder / "cancelled"
-    job = submit(cluster, run, CLIPJOB=program(folder, "slowly", SLOWLY), SLOW_SECONDS="1")
+    seen = folder / "file_sd"
+    seen.mkdir()
+    told = {"METRICS_SD": str(seen), "CLIPJOB_METRICS_PORT": ""}
+    job = submit(cluster, run, CLIPJOB=program(folder, "slowly", SLOWLY), SLOW_SECONDS="1", **told)
     until(lambda: newest_step(run) >= SLOW_AFTER, lambda: f"no step {SLOW_AFTER}:\n{cluster.log(job)}")
+    [found] = json.loads((seen / f"clipjob-{job}.json").read_text(encoding="utf-8"))
+    host, _, port = found["targets"][0].partition(":")
+    assert (host, found["labels"]["slurm_job"]) == (socket.gethostname(), job)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+        assert f'run="{run}"' in reply.read().decode()
     cluster.run("scancel", job)
     until(lambda: not cluster.run("squeue", "--noheader", "--jobs", job, check=False).strip(), "its end")
     assert cluster.state(job) == "CANCELLED"
     assert cluster.restarts(job) == 0
     assert "Requeued" not in cluster.log(job)
     assert newest_step(run) > SLOW_AFTER  # it had the time to save
+    assert list(seen.iterdir()) == []
 
 
 @REAL
@@ -412,7 +490,7 @@ def test_a_trainer_that_ignores_signals_is_killed_and_requeued_by_slurm(cluster:
 def test_preempted_while_python_starts_it_is_requeued(cluster: Cluster, folder: Path) -> None:
     """It has no handler yet and dies of TERM; there was nothing to save."""
     young = program(folder, "young", YOUNG)
-    path = f"{squeue_that_fails_once(folder / 'no-answer')}:{os.environ['PATH']}"
+    path = stand_in(folder / "no-answer", "squeue", f"mkdir {folder}/no-answer/asked 2>/dev/null && exit 1")  # the first time
     job = submit(cluster, folder / "young", flags=("--partition=grace", "--exclusive"), CLIPJOB=young, PATH=path)
     until(lambda: "young" in cluster.log(job), "a trainer that has just begun")
     urgent(cluster, "n3")

@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Callable
 
+from job.errors import TrainingError
+
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-HUNG = 70
-"""errors.TrainingError's exit code."""
 
 
 class Watchdog:
@@ -67,4 +67,4 @@ class Watchdog:
             helper.join(5.0)
             sys.stderr.write(f"clipjob: {reason}\n")
             sys.stderr.flush()
-            os._exit(HUNG)
+            os._exit(TrainingError.exit_code)
