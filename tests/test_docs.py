@@ -14,6 +14,8 @@ from job.cli import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+OF_DOCKER = {"--restart", "--stop-timeout"}
+NO_USE_AGAIN = (errors.ConfigError, errors.DataError, errors.Superseded, errors.AccessError, errors.ResumeError)
 
 
 def test_configuration_page_is_what_the_code_prints() -> None:
@@ -36,7 +38,34 @@ def test_flags_in_readme_exist() -> None:
     known = {"--help", *(option for command in cli.commands.values() for parameter in command.params for option in parameter.opts)}
     text = re.sub(r"docker run .* clipjob ", "clipjob ", README)
     used = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", text))
-    assert used <= known, used - known
+    assert used <= known | OF_DOCKER, used - known
+
+
+@pytest.mark.parametrize(
+    ("codes", "starts"),
+    [
+        ([0], 1),
+        ([75, 75, 75, 75, 75, 75, 0], 7),
+        ([70, 137, 69, 0], 4),
+        ([70] * 9, 5),
+        *(([kind.exit_code, 0], 1) for kind in NO_USE_AGAIN),
+    ],
+)
+def test_the_loop_of_readme_starts_again_what_that_helps(tmp_path: Path, codes: list[int], starts: int) -> None:
+    loop = re.search(r"^    tries=0\n(?:    .*\n)+", README, re.MULTILINE)
+    assert loop
+    docker = tmp_path / "docker"
+    docker.write_text(
+        f"#!/bin/sh\necho >> {tmp_path}/starts\nset -- {' '.join(map(str, codes))}\n"
+        f"shift $(($(wc -l < {tmp_path}/starts) - 1))\nexit $1\n",
+        encoding="utf-8",
+    )
+    sleep = tmp_path / "sleep"
+    sleep.write_text("#!/bin/sh\n", encoding="utf-8")
+    for program in (docker, sleep):
+        program.chmod(0o755)
+    subprocess.run(["sh", "-c", loop[0]], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=False)
+    assert len((tmp_path / "starts").read_text(encoding="utf-8").splitlines()) == starts
 
 
 def test_commands_in_readme_exist() -> None:

@@ -151,6 +151,21 @@ def test_other_data_is_refused_by_name(stopped: Path, tmp_path: Path, command: C
     assert snapshot(stopped) == before
 
 
+def test_attempts_that_get_nowhere_come_to_an_end(
+    halfway: Path, expected: dict[str, Any], command: Callable[..., list[str]]
+) -> None:
+    for _ in range(2):
+        RunStore(str(halfway)).claim({})  # killed before any checkpoint
+    before = newest_step(halfway)
+    code, job = run_to_end(command(halfway, max_idle_attempts=2))
+    assert code == 70, job.tail()
+    assert "The last 2 attempts" in job.said
+    assert "higher --max-idle-attempts" in job.said
+    assert newest_step(halfway) == before
+    finish(command(halfway, max_idle_attempts=3))
+    assert_identical(halfway, expected)
+
+
 def lmdb_with_one_more(path: Path) -> Path:
     import lmdb
 
