@@ -33,7 +33,7 @@ def claim_run(config: Config, attempt: Attempt, dataset: Dataset) -> None:
         store.claim(describe_attempt(attempt))
         abort_uploads(store.uri)
     store.attempt = world.share("attempt", lambda: store.attempt)
-    always_with(run=config.run, attempt=store.attempt)
+    always_with(run=config.run, attempt=store.attempt, rank=world.rank)
     if not world.is_first:
         compare_with_run(config, store, dataset)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3server import S3Server, s3_environment, use_s3
 from system import Job, clean_environment, newest_step, removed_afterwards, train_command
 
 from job.watch import render, snapshot, sparkline
@@ -72,25 +73,30 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.system
-def test_a_real_run_is_followed_through_a_kill(folder: Path) -> None:
-    run = folder / "run"
+def test_a_real_run_in_a_store_is_followed_through_a_kill(
+    folder: Path, s3_server: S3Server, s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_s3(monkeypatch, s3_server.endpoint)
+    run, store = f"{s3_uri}/run", s3_environment(s3_server.endpoint)
     settings = {"max_steps": 5000, "global_batch_size": 16, "evaluate_every": 0, "checkpoint_every": 10, "torch_threads": 1}
-    with Job(*train_command(run, scratch=folder / "scratch", **settings)) as job:
+    with Job(*train_command(run, scratch=folder / "scratch", **settings), environment=store) as job:
         job.until(lambda: newest_step(run) >= 10, "step 10")
         said = subprocess.run(
-            [sys.executable, "-m", "job", "watch", str(run), "--once"],
+            [sys.executable, "-m", "job", "watch", run, "--once"],
             capture_output=True,
             text=True,
             check=True,
             cwd=Path(__file__).parents[1],
-            env=clean_environment(),
+            env={**clean_environment(), **store},
         ).stdout
         assert "attempt 1 on" in said
         assert "is running" in said
         assert "/5000" in said
         job.send(signal.SIGKILL)
         job.end()
-    found = snapshot(str(run))
+        for line in job.seen("step"):
+            assert (line["run"], line["attempt"], line["rank"]) == (run, 1, 0)
+    found = snapshot(run)
     assert "silent for" in render(found, now=time.time() + 120)
 
 
