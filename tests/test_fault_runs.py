@@ -1,6 +1,11 @@
 """Whole runs on a store that fails: they end as if nothing had happened, or the end is clear and nothing is lost."""
 
+import json
+import signal
+import socket
+import threading
 import time
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +13,12 @@ from typing import Any
 
 import boto3  # type: ignore[import-untyped]
 import pytest
-from faultproxy import FOREVER, Proxy, cut, error, in_reply, in_request, lose_reply, reset, running_proxy
+from faultproxy import FOREVER, Proxy, before, cut, error, in_reply, in_request, lose_reply, reset, running_proxy
 from s3server import BUCKET, KEY, SECRET, S3Server, s3_environment, use_s3
 from system import Job, assert_identical, finish, newest_step, outcome, removed_afterwards, train_command
 
 from job.demo import FOLDER
+from job.demo import settings as demo_settings
 from job.storage import files, remote
 
 STEPS = 30
@@ -77,6 +83,32 @@ def test_training_goes_on_while_storage_is_down_and_all_is_there_in_the_end(
         proxy.clear()
         assert job.end() == 0, job.tail()
     assert_identical(run, expected)
+
+
+def test_metrics_are_up_while_data_is_on_its_way(proxy: Proxy, run: str, tmp_path: Path) -> None:
+    files.write_bytes(f"{run}-data/data.csv", Path(demo_settings()["csv"]).read_bytes())
+    come = threading.Event()
+    proxy.add(before(come.wait), r"data\.csv", times=FOREVER)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = train_command(run, scratch=tmp_path, csv=f"{run}-data/data.csv", metrics_port=port, **SETTINGS)
+    try:
+        with Job(*command, environment=s3_environment(proxy.endpoint)) as job:
+            job.until(lambda: proxy.count(r"data\.csv"), "a request for the CSV")
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+                said = reply.read().decode()
+            assert "clipjob_build_info{" in said
+            assert "clipjob_train_loss NaN" in said
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=10) as reply:
+                assert json.load(reply)["ready"] is False
+            come.set()
+            job.wait_for("step", step=1)
+            job.send(signal.SIGTERM)
+            assert job.end() == 75, job.tail()
+    finally:
+        come.set()
+        files.remove_tree(f"{run}-data")
 
 
 def test_a_store_that_stays_down_is_69_in_time_and_the_next_attempt_goes_on(
