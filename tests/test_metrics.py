@@ -11,6 +11,7 @@ import pytest
 
 from job.attempt import versions
 from job.config import Config
+from job.errors import ConfigError
 from job.runtime import metrics as metrics_module
 from job.runtime.metrics import Metrics
 from job.runtime.watchdog import Watchdog
@@ -169,6 +170,12 @@ def test_a_taken_port_is_met_by_a_free_one(metrics: Metrics) -> None:
     assert other.port not in (0, metrics.port)
     assert "clipjob_step" in read(other)
     other.close()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])
+def test_an_address_of_another_machine_is_told(host: str) -> None:
+    with pytest.raises(ConfigError, match=f"--metrics-host {host} .*address of this machine"):
+        Metrics(port=free_port(), host=host)
 
 
 def test_port_0_serves_nothing() -> None:

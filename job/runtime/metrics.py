@@ -14,6 +14,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, make_wsgi_app, write_to_textfile
 
+from job.errors import ConfigError
 from job.runtime.board import Board
 from job.runtime.totals import Totals
 from job.runtime.watchdog import Watchdog
@@ -262,14 +263,16 @@ class _Silent(WSGIRequestHandler):
 
 
 def _serve(port: int, host: str, application: Any) -> tuple[Any, Any, int]:
-    """(server, its thread, its port); a port that is taken is met by a free one."""
+    """(server, its thread, its port); a port that is taken is met by a free one. Raises: ConfigError, for a host that isn't this."""
     if not port:
         return None, None, 0
     try:
         server = make_server(host, port, application, _Server, _Silent)
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-            raise
+            raise ConfigError(
+                f"--metrics-host {host} can't be listened on: {error.strerror}. Give an address of this machine, or 0.0.0.0 for all."
+            ) from None
         server = make_server(host, 0, application, _Server, _Silent)
         log.warning("the port of /metrics is taken, so another one is used", extra={"asked": port, "port": server.server_port})
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
