@@ -263,7 +263,7 @@ class _Silent(WSGIRequestHandler):
 
 
 def _serve(port: int, host: str, application: Any) -> tuple[Any, Any, int]:
-    """(server, its thread, its port); a port that is taken is met by a free one. Raises: ConfigError, for a host that isn't this."""
+    """(server, its thread, its port); a port that is taken is met by a free one. Raises: ConfigError, for another host."""
     if not port:
         return None, None, 0
     try:
@@ -271,7 +271,7 @@ def _serve(port: int, host: str, application: Any) -> tuple[Any, Any, int]:
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise ConfigError(
-                f"--metrics-host {host} can't be listened on: {error.strerror}. Give an address of this machine, or 0.0.0.0 for all."
+                f"--metrics-host {host} can't be listened on: {error.strerror}. Give an address of this machine, or 0.0.0.0."
             ) from None
         server = make_server(host, 0, application, _Server, _Silent)
         log.warning("the port of /metrics is taken, so another one is used", extra={"asked": port, "port": server.server_port})
