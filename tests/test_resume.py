@@ -1,4 +1,6 @@
-"""Starting again: what may change and what may not, damaged checkpoints, two attempts at once, no network, S3, old formats."""
+"""Starting again: what may change and what may not, damaged checkpoints, two attempts at once, attempts that get nowhere, no
+network, S3, old formats.
+"""
 
 import json
 import os
@@ -297,6 +299,9 @@ def test_an_attempt_that_was_replaced_while_it_slept_changes_nothing(
     assert lasting(run) == before
     assert files.abort_uploads(run) == 0
     assert_identical(run, expected)
+
+
+# Attempts that get nowhere
 
 
 # Other ways on
