@@ -8,16 +8,19 @@ TEST_WORKERS ?= 3
 IMAGE ?= clipjob:latest
 BUILD_FLAGS ?=
 
-.PHONY: help demo test storm lint format image push bench docs lock clean
+.PHONY: help demo test test-cluster storm lint format image push bench docs lock clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 demo: $(VENV)/run  ## Train a small model on 2465 real images, in about two minutes
 	$(BIN)/clipjob demo
 
-test: $(VENV)/dev  ## Run all tests
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_FLAGS)
+test: $(VENV)/dev  ## Run all tests, but for those that need a cluster
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not cluster" $(TEST_FLAGS)
+
+test-cluster: $(VENV)/dev  ## The cases of the emulated Job on your cluster, KUBECONFIG=… CLIPJOB_TEST_IMAGE=registry/clipjob:tag
+	$(BIN)/python -m pytest -m cluster $(TEST_FLAGS) tests/test_real_cluster.py
 
 storm: $(VENV)/dev  ## The kill storm with 200 SIGKILLs
 	$(BIN)/python -m pytest tests/test_kill_storm.py --kills 200 --timeout 7200

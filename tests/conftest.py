@@ -24,6 +24,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG)
 
     items.sort(key=place)
-
-
-collect_ignore = [] if {"KUBECONFIG", "CLIPJOB_TEST_IMAGE"} <= os.environ.keys() else ["test_real_cluster.py"]

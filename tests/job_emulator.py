@@ -78,6 +78,10 @@ class Pod(Job):
         """What running out of memory does."""
         self.send(signal.SIGKILL)
 
+    def freeze(self) -> None:
+        """It runs no more, and hears no signal but SIGKILL."""
+        self.send(signal.SIGSTOP)
+
     def delete(self) -> None:
         """A plain `kubectl delete pod`: SIGTERM, after the grace SIGKILL, no condition. Returns at once."""
         pid = self.pid

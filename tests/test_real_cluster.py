@@ -1,110 +1,54 @@
-"""k8s/ on a cluster of yours: KUBECONFIG names it, CLIPJOB_TEST_IMAGE an image that its nodes can pull. No GPU is used.
+"""The cases of tests/test_kubernetes.py on a cluster of yours: make test-cluster KUBECONFIG=… CLIPJOB_TEST_IMAGE=…
 
-In a namespace of its own, removed afterwards, with the run on a volume of the default storage class.
+The image is one that its nodes can pull.
 """
 
-import json
 import os
-import subprocess
-import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from test_kubernetes import K8S, SETTINGS, kubectl, overlay, render
+from job_cluster import Namespace
+from system import outcome, removed_afterwards
+from test_kubernetes import (
+    SETTINGS,
+    test_a_bad_setting_fails_the_job_with_one_pod,
+    test_a_crash_loop_ends_and_a_new_job_goes_on,
+    test_a_kill_in_a_save_and_a_grace_that_is_over_cost_only_time,
+    test_a_signal_while_importing_and_a_plain_delete_count_nothing,
+    test_two_evictions_the_second_of_a_spot_node_change_nothing,
+)
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
-WAIT_SECONDS = 600
-ON_CPUS = [
-    {
-        "op": "replace",
-        "path": "/spec/template/spec/containers/0/resources",
-        "value": {"requests": {"memory": "3Gi"}, "limits": {"memory": "3Gi"}},
-    },
-    {"op": "replace", "path": "/spec/template/spec/terminationGracePeriodSeconds", "value": 60},
+__all__ = [
+    "test_a_bad_setting_fails_the_job_with_one_pod",
+    "test_a_crash_loop_ends_and_a_new_job_goes_on",
+    "test_a_kill_in_a_save_and_a_grace_that_is_over_cost_only_time",
+    "test_a_signal_while_importing_and_a_plain_delete_count_nothing",
+    "test_two_evictions_the_second_of_a_spot_node_change_nothing",
 ]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
+
+LONGER = {**SETTINGS, "max_steps": 600, "evaluate_every": 250, "checkpoint_every": 50}
+"""kubectl takes a second or two to strike."""
 
 
-class Namespace:
-    def __init__(self, folder: Path) -> None:
-        self.name, self.folder = f"clipjob-test-{uuid.uuid4().hex[:8]}", folder
-
-    def run(self, *words: str, given: str = "") -> str:
-        found = subprocess.run([kubectl(), "--namespace", self.name, *words], input=given, capture_output=True, text=True)
-        assert found.returncode == 0, f"{words}: {found.stderr}"
-        return found.stdout
-
-    def apply(self, **settings: Any) -> None:
-        """Checks the manifests on the server, and makes the Job anew; its run stays."""
-        small = {f"CLIPJOB_{name.upper()}": str(value) for name, value in {**SETTINGS, **settings}.items()}
-        config = {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": {"name": "clipjob"},
-            "data": {"CLIPJOB_DEVICE": "cpu", **small},
-        }
-        patches = [{"patch": yaml.safe_dump(config)}, {"target": {"kind": "Job"}, "patch": yaml.safe_dump(ON_CPUS)}]
-        name, _, tag = os.environ["CLIPJOB_TEST_IMAGE"].rpartition(":")
-        images = [{"name": "clipjob", "newName": name, "newTag": tag}]
-        component = os.path.relpath(K8S / "components" / "pvc-data", self.folder.resolve())
-        documents = render(overlay(self.folder, K8S / "base", patches=patches, images=images, components=[component]))
-        text = yaml.safe_dump_all(documents)
-        self.run("delete", "job", "--all", "--wait")
-        self.run("apply", "--dry-run=server", "-f", "-", given=text)
-        self.run("apply", "-f", "-", given=text)
-
-    def pod(self) -> str:
-        """The one that runs."""
-        found = self.run("get", "pods", "--field-selector=status.phase=Running", "-o", "jsonpath={.items[*].metadata.name}").split()
-        return found[0] if found else ""
-
-    def ended(self) -> dict[str, Any]:
-        """The Job's status once it is complete or failed; empty before."""
-        status: dict[str, Any] = json.loads(self.run("get", "job", "clipjob", "-o", "json"))["status"]
-        conditions = {entry["type"]: entry for entry in status.get("conditions", []) if entry["status"] == "True"}
-        return {**status, "ended": conditions} if conditions.keys() & {"Complete", "Failed"} else {}
+def namespace_in(folder: Path) -> Namespace:
+    if missing := [name for name in ("KUBECONFIG", "CLIPJOB_TEST_IMAGE") if not os.environ.get(name)]:
+        pytest.fail(f"{' and '.join(missing)} must be set: make test-cluster KUBECONFIG=… CLIPJOB_TEST_IMAGE=…", pytrace=False)
+    return Namespace(folder, image=os.environ["CLIPJOB_TEST_IMAGE"], settings=LONGER)
 
 
 @pytest.fixture
-def namespace(tmp_path: Path) -> Iterator[Namespace]:
-    found = Namespace(tmp_path)
-    subprocess.run([kubectl(), "create", "namespace", found.name], check=True)
-    try:
+def place(tmp_path: Path) -> Iterator[Namespace]:
+    with removed_afterwards(tmp_path / "cluster") as folder, namespace_in(folder) as found:
         yield found
-    finally:
-        subprocess.run([kubectl(), "delete", "namespace", found.name, "--wait=false"], check=True)
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not (found := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(1)
-    return found
-
-
-def test_evictions_and_a_plain_delete_cost_no_failure(namespace: Namespace) -> None:
-    namespace.apply(max_steps=400)
-    for remove in ("evict", "evict", "delete"):
-        pod = until(namespace.pod, "a pod that runs")
-        until(lambda pod=pod: '"event": "step"' in namespace.run("logs", pod), "its first step")
-        if remove == "evict":
-            eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": namespace.name}}
-            place = f"/api/v1/namespaces/{namespace.name}/pods/{pod}/eviction"
-            namespace.run("create", "--raw", place, "-f", "-", given=json.dumps(eviction))
-        else:
-            namespace.run("delete", "pod", pod, "--wait=false")
-        until(lambda pod=pod: namespace.pod() != pod, "the end of that pod")
-    status = until(namespace.ended, "the end of the Job")
-    assert "Complete" in status["ended"]
-    assert not status.get("failed")
-
-
-def test_a_bad_setting_fails_the_job_at_once(namespace: Namespace) -> None:
-    namespace.apply(lr="fast")
-    status = until(namespace.ended, "the end of the Job")
-    assert status["ended"]["Failed"]["reason"] == "PodFailurePolicy"
-    assert status["failed"] == 1
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a Job on that cluster ends with that nothing happens to."""
+    with removed_afterwards(tmp_path_factory.mktemp("calm")) as folder, namespace_in(folder) as calm:
+        ended = calm.job()
+        assert (ended.condition, ended.codes) == ("Complete", [0])
+        return outcome(calm.fetched())
