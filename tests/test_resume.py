@@ -301,9 +301,6 @@ def test_an_attempt_that_was_replaced_while_it_slept_changes_nothing(
     assert_identical(run, expected)
 
 
-# Attempts that get nowhere
-
-
 # Other ways on
 
 
