@@ -338,8 +338,7 @@ def test_two_evictions_the_second_of_a_spot_node_change_nothing(place: Emulated,
 
     of_a_spot_node = at_step(place.steps * 5 // 9, lambda pod: pod.evict(grace_seconds=15))
     ended = place.job(at_step(place.steps // 5, look_at_the_probes), of_a_spot_node)
-    assert (ended.condition, ended.failed) == ("Complete", 0), log_of(ended)
-    assert ended.codes in ([75, 75, 0], [75, 137, 0]), log_of(ended)  # a busy machine may not save within the 15 seconds
+    assert (ended.condition, ended.codes, ended.failed) == ("Complete", [75, 75, 0], 0), log_of(ended)
     assert_identical(place.fetched(), expected)
 
 
