@@ -127,6 +127,7 @@ def test_what_is_not_known_yet_is_not_a_number(metrics: Metrics) -> None:
         assert math.isnan(found[f"clipjob_{name}"])
     for name in ("run_completed_timestamp_seconds", "checkpoints_waiting", "staging_bytes_planned", "staging_bytes_total"):
         assert found[f"clipjob_{name}"] == 0
+    assert not [name for name in found if name.startswith(("clipjob_run_info", "clipjob_mfu", "clipjob_eval_recall"))]
 
 
 def test_a_restored_checkpoint_is_the_last_durable_one(metrics: Metrics) -> None:

@@ -57,7 +57,6 @@ class Metrics:
         self._flops_share = 0.0
         self._board: Board | None = None
         Info("clipjob_build", "Versions of what runs.", registry=self._registry).info(dict(build or {}))
-        self._run = Info("clipjob_run", "Which run this is.", registry=self._registry)
         self._gauge("clipjob_last_heartbeat_timestamp_seconds", "When the job last got on.").set_function(lambda: self._watchdog.at)
         self._step = self._gauge("clipjob_step", "Global batches consumed.")
         self._steps = self._gauge("clipjob_steps_planned", "Global batches of the whole run.")
@@ -123,7 +122,8 @@ class Metrics:
         if flops_share:
             self._mfu = self._gauge("clipjob_mfu_ratio", "Arithmetic that the model needed, of what the devices could have done.")
             self._flops_share = flops_share
-        self._run.info({"run": run, "model": model, "pretrained": pretrained})
+        which = Info("clipjob_run", "Which run this is.", registry=self._registry)
+        which.info({"run": run, "model": model, "pretrained": pretrained})
         self._totals.samples_per_step = samples_per_step
         self._at = step
         self._step.set(step)
