@@ -37,6 +37,7 @@ def make_metrics(config: Config, *, watchdog: Watchdog, is_first: bool) -> Metri
     return Metrics(
         port=config.metrics_port if is_first else 0,
         host=config.metrics_host,
+        run=config.run,
         textfile=textfile,
         board=Path(config.tensorboard) if config.tensorboard and is_first else None,
         watchdog=watchdog,
@@ -47,7 +48,6 @@ def make_metrics(config: Config, *, watchdog: Watchdog, is_first: bool) -> Metri
 def start_metrics(config: Config, attempt: Attempt, captions: Captions, clip: ClipModel, *, step: int, steps: int) -> None:
     """Tells the metrics which run this is, and from where to where it goes."""
     attempt.metrics.start_run(
-        run=config.run,
         model=config.model,
         pretrained=config.pretrained,
         step=step,

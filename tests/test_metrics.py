@@ -26,7 +26,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def metrics() -> Iterator[Metrics]:
-    made = Metrics(port=free_port(), host="127.0.0.1")
+    made = Metrics(port=free_port(), host="127.0.0.1", run="r")
     yield made
     made.close()
 
@@ -75,7 +75,7 @@ ROW = {
 
 
 def test_a_step_is_told_under_the_names_that_dashboards_use(metrics: Metrics) -> None:
-    metrics.start_run(run="r", model="ViT-B-32", pretrained="openai", step=6, steps=107, samples_per_step=16)
+    metrics.start_run(model="ViT-B-32", pretrained="openai", step=6, steps=107, samples_per_step=16)
     metrics.start_training(4.0)
     metrics.row(ROW, steps=107, steps_per_epoch=10.0)
     metrics.evaluated({"text_retrieval_recall@5": 0.75, "image_retrieval_recall@1": 0.5, "mean_recall": 0.6})
@@ -100,7 +100,7 @@ def test_a_step_without_a_number_leaves_the_last_ones(metrics: Metrics) -> None:
 
 
 def test_counters_are_those_of_all_attempts_and_absent_until_they_are_known(metrics: Metrics) -> None:
-    metrics.start_run(run="r", model="m", pretrained="", step=10, steps=100, samples_per_step=16)
+    metrics.start_run(model="m", pretrained="", step=10, steps=100, samples_per_step=16)
     assert not [name for name in read(metrics) if name.startswith(("clipjob_time_seconds", "clipjob_samples_total"))]
     ledger = {"seconds": {"productive": 50.0, "recompute": 6.0}, "restarts": 1, "preemptions": 0, "lost_steps": 3}
     ledger |= {"skipped_samples": 2, "nonfinite_steps": 1}
@@ -155,15 +155,15 @@ def test_a_textfile_carries_the_same_and_stays_after_a_complete_run_alone(tmp_pa
     monkeypatch.setattr(metrics_module, "TEXTFILE_SECONDS", 0.01)
     place = tmp_path / "clipjob.prom"
     for completes in (False, True):
-        metrics = Metrics(port=0, textfile=place)
+        metrics = Metrics(port=0, run="r", textfile=place)
         metrics.row(ROW, steps=10, steps_per_epoch=10.0)
-        while not (place.exists() and "clipjob_train_loss 1.5" in place.read_text(encoding="utf-8")):
+        while not (place.exists() and 'clipjob_train_loss{run="r"} 1.5' in place.read_text(encoding="utf-8")):
             time.sleep(0.01)
         if completes:
             metrics.complete()
         metrics.close()
         assert place.exists() == completes
-    assert "clipjob_run_completed_timestamp_seconds 0" not in place.read_text(encoding="utf-8")
+    assert 'clipjob_run_completed_timestamp_seconds{run="r"} 0' not in place.read_text(encoding="utf-8")
 
 
 def test_a_taken_port_is_met_by_a_free_one(metrics: Metrics) -> None:

@@ -43,6 +43,11 @@ def scraped(port: int) -> str:
     return found
 
 
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def promtool(*words: str, given: str = "") -> str:
     found = subprocess.run(["promtool", *words], input=given, capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stdout + found.stderr
@@ -70,6 +75,27 @@ def test_metrics_follow_the_conventions() -> None:
     finally:
         metrics.close()
     assert said.strip() == ""
+
+
+@pytest.mark.skipif(shutil.which("prometheus-node-exporter") is None, reason="needs Debian's package prometheus-node-exporter")
+def test_two_runs_of_one_node_stand_beside_each_other_in_node_exporter(tmp_path: Path) -> None:
+    for run, step in (("first", 7), ("second", 8)):
+        metrics = Metrics(port=0, run=run, textfile=tmp_path / f"{run}.prom")
+        metrics.start_run(model="m", pretrained="", step=step, steps=10, samples_per_step=16)
+        metrics.complete()
+        metrics.close()
+    port = free_port()
+    words = [f"--web.listen-address=127.0.0.1:{port}", "--collector.disable-defaults", "--collector.textfile"]
+    exporter = subprocess.Popen(
+        ["prometheus-node-exporter", *words, f"--collector.textfile.directory={tmp_path}"], stderr=subprocess.DEVNULL
+    )
+    try:
+        said = until(lambda: answers(port) and scraped(port), "node_exporter")
+    finally:
+        exporter.kill()
+        exporter.wait()
+    assert 'clipjob_step{run="first"} 7\n' in said
+    assert 'clipjob_step{run="second"} 8\n' in said
 
 
 def test_the_dashboard_is_what_its_script_prints_and_every_panel_is_complete() -> None:

@@ -7,12 +7,14 @@ import math
 import socketserver
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, make_wsgi_app, write_to_textfile
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from job.errors import ConfigError
 from job.runtime.board import Board
@@ -33,8 +35,9 @@ class Metrics:
     Args:
         port: of /metrics. Taken: a free one, which `port` then names. 0: no server.
         host: the address to listen on.
-        textfile: written every TEXTFILE_SECONDS with the same, for node_exporter where nothing scrapes jobs; it stays if the run is
-            complete.
+        run: what this is a job of.
+        textfile: written every TEXTFILE_SECONDS with the same, for node_exporter where nothing scrapes jobs, each series labelled
+            with the run; it stays if the run is complete.
         board: folder for TensorBoard's event files.
         watchdog: whose heartbeat /healthz shows: 503 when it is too old. /readyz is 200 once steps are taken.
         build: versions, for clipjob_build_info.
@@ -45,6 +48,7 @@ class Metrics:
         *,
         port: int,
         host: str = "127.0.0.1",
+        run: str = "",
         textfile: Path | None = None,
         board: Path | None = None,
         watchdog: Watchdog | None = None,
@@ -52,6 +56,7 @@ class Metrics:
     ) -> None:
         self._registry = CollectorRegistry()
         self._watchdog = watchdog or Watchdog(limit_seconds=0)
+        self._run = run
         self._at = 0
         self._mfu: Gauge | None = None
         self._flops_share = 0.0
@@ -99,13 +104,12 @@ class Metrics:
         self._closed = threading.Event()
         self._board_folder = board
         self._textfile = textfile
-        if textfile:
-            threading.Thread(target=self._write_textfile, name="textfile", daemon=True).start()
+        self._writer = threading.Thread(target=self._write_textfile, name="textfile", daemon=True)
+        self._writer.start()
 
     def start_run(
         self,
         *,
-        run: str,
         model: str,
         pretrained: str,
         step: int,
@@ -123,7 +127,7 @@ class Metrics:
             self._mfu = self._gauge("clipjob_mfu_ratio", "Arithmetic that the model needed, of what the devices could have done.")
             self._flops_share = flops_share
         which = Info("clipjob_run", "Which run this is.", registry=self._registry)
-        which.info({"run": run, "model": model, "pretrained": pretrained})
+        which.info({"run": self._run, "model": model, "pretrained": pretrained})
         self._totals.samples_per_step = samples_per_step
         self._at = step
         self._step.set(step)
@@ -208,6 +212,7 @@ class Metrics:
 
     def close(self) -> None:
         self._closed.set()
+        self._writer.join(TEXTFILE_SECONDS)  # or it could put a file back that has been removed
         if self._board:
             self._board.close()
         if self._textfile and self._is_complete:
@@ -225,7 +230,7 @@ class Metrics:
 
     def _write_once(self, textfile: Path) -> None:
         try:
-            write_to_textfile(str(textfile), self._registry)
+            write_to_textfile(str(textfile), _OfRun(self._registry, self._run))
         except OSError as error:
             log.warning("--metrics-textfile could not be written", extra={"file": str(textfile), "reason": error.strerror})
 
@@ -251,6 +256,18 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, registry=self._registry, buckets=buckets)
+
+
+class _OfRun(Collector):
+    """All series of a registry, labelled with the run: node_exporter drops what several runs' textfiles would say alike."""
+
+    def __init__(self, registry: CollectorRegistry, run: str) -> None:
+        self._registry, self._run = registry, run
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [sample._replace(labels={**sample.labels, "run": self._run}) for sample in metric.samples]
+            yield metric
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
