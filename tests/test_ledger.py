@@ -97,6 +97,17 @@ def test_attempts_that_die_before_a_commit_add_up(clock: Clock) -> None:
     assert third.seconds["startup"] == 4 + 5 + 6
 
 
+def test_what_was_left_out_is_counted_through_attempts(clock: Clock) -> None:
+    first = at(clock, productive=20)
+    first.skipped_samples, first.nonfinite_steps = 4, 1
+    committed = first.to_json()
+    first.skipped_samples += 2
+    second = at(clock, startup=5)
+    second.go_on(committed, step=10, beacon={"step": 13, "ledger": first.to_json()}, restarts=1, preempted=False)
+    second.skipped_samples += 1
+    assert (second.to_json()["skipped_samples"], second.to_json()["nonfinite_steps"]) == (7, 1)
+
+
 def test_a_run_from_before_there_was_a_ledger_goes_on(clock: Clock) -> None:
     ledger = at(clock, startup=2)
     ledger.go_on({}, step=7, beacon=None, restarts=3, preempted=False)

@@ -1,6 +1,7 @@
 """Alerts and dashboard against the real thing: promtool, and a Prometheus that scrapes a real run through a kill and a resume."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from browser import CHROMIUM
 from dashboard_picture import write_picture
-from system import Job, removed_afterwards, train_command
+from system import Job, newest_step, removed_afterwards, train_command
 
+from job.checkpoint.store import RunStore
+from job.demo import FOLDER
 from job.demo import settings as demo_settings
 from job.runtime.metrics import Metrics
 
@@ -188,27 +192,60 @@ def guard(path: Path) -> Path:
     return path
 
 
+def with_broken_images(path: Path) -> Path:
+    """The demo's LMDB, of whose images every 150th can't be decoded. Returns: the path."""
+    shutil.copytree(FOLDER / "openmoji" / "images.lmdb", path)
+    lines = Path(demo_settings()["csv"]).read_text(encoding="utf-8").splitlines()
+    return tiny.write_lmdb(path, {line.split("|")[0]: b"broken" for line in lines[1::150]})
+
+
+def steps_at_risk(run: Path) -> int:
+    """What a kill of the first attempt would cost, as far as the run knows."""
+    beacon = json.loads((run / "attempts" / "000001-beacon.json").read_text(encoding="utf-8"))
+    return int(beacon["step"]) - newest_step(run)
+
+
+def stopped_at_risk(job: Job, run: Path) -> bool:
+    """Whether a kill would cost steps; if so, the job stands still."""
+    job.send(signal.SIGSTOP)
+    if steps_at_risk(run) > 0:
+        return True
+    job.send(signal.SIGCONT)
+    return False
+
+
+def value_of(said: str, name: str) -> float:
+    """Of a series without labels, in what was scraped."""
+    return float(next(line for line in said.splitlines() if line.startswith(f"{name} ")).split()[1])
+
+
 @needs_prometheus
 @pytest.mark.system
 def test_prometheus_follows_a_run_through_a_kill(folder: Path) -> None:
     from dashboard import GPU, PANELS
 
-    port = free_port()
+    port, run = free_port(), folder / "run"
     settings = {"global_batch_size": 16, "val_fraction": 0.02, "evaluate_every": 100, "checkpoint_every": 20, "torch_threads": 1}
     settings |= {"guard_csv": guard(folder / "guard.csv"), "guard_lmdb": demo_settings()["lmdb"]}
-    command = train_command(
-        folder / "run", scratch=folder / "scratch", max_steps=100000, metrics_port=port, metrics_host="127.0.0.1", **settings
-    )
+    settings |= {"lmdb": with_broken_images(folder / "images.lmdb"), "metrics_port": port, "metrics_host": "127.0.0.1"}
+    command = train_command(run, scratch=folder / "scratch", max_steps=100000, **settings)
     prometheus = Prometheus(folder / "prometheus", target=port)
     try:
         began = time.time()
         with Job(*command) as job:
             until(lambda: (prometheus.value("clipjob_checkpoint_last_success_step") or 0) >= 20, "a checkpoint of step 20")
             before = until(lambda: prometheus.value("clipjob_samples_total"), "samples")
+            until(lambda: prometheus.value("clipjob_skipped_samples_total"), "samples left out")
+            until(lambda: stopped_at_risk(job, run), "steps that a kill costs")
             job.send(signal.SIGKILL)
             job.end()
+        lost, newest = steps_at_risk(run), RunStore(str(run)).commits()[0]
         with Job(*command) as job:
+            job.wait_for("resumed", step=newest.step)
+            saved_at = partial(value_of, name="clipjob_checkpoint_last_success_timestamp_seconds")
+            until(lambda: saved_at(scraped(port)) == newest.info["at"], "the age of the checkpoint that was restored")
             until(lambda: prometheus.value("clipjob_restarts_total") == 1, "the second attempt")
+            assert prometheus.value("clipjob_lost_steps_total") == lost > 0
             until(lambda: (prometheus.value("clipjob_samples_total") or 0) > before, "more samples than before the kill")
             time.sleep(6)  # rates want a few scrapes
             for row, panels in PANELS.items():
@@ -232,6 +269,9 @@ def test_prometheus_follows_a_run_through_a_kill(folder: Path) -> None:
                 for series in found:
                     values = [float(value) for _, value in series["values"]]
                     assert values == sorted(values), (counter, series["metric"])
+            (steps,) = prometheus.range("clipjob_checkpoint_last_success_step", start=began)
+            known = [float(value) for _, value in steps["values"] if not math.isnan(float(value))]
+            assert known == sorted(known)
             job.send(signal.SIGTERM)
             assert job.end() == 75
     finally:
