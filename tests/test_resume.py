@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,9 @@ def lmdb_with_one_more(path: Path) -> Path:
 
 def test_a_complete_run_says_so_at_once(complete: Path, expected: dict[str, Any], command: Callable[..., list[str]]) -> None:
     before = snapshot(complete)
+    began = time.monotonic()
     code, job = run_to_end(command(complete), python=["-X", "importtime"])
+    assert time.monotonic() - began < 3
     assert code == 0, job.tail()
     assert "this run is complete" in job.said
     assert f"{STEPS} steps" in job.output
